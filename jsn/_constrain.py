@@ -1,0 +1,95 @@
+"""Station 5. From sigma to the weight the model uses: hard, soft, learned scale.
+
+In: a weight, its sigma, and what the caller asks for. Out: the constrained weight, in the
+weight's own dtype. Must not know how sigma was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jsn import _errors
+from jsn._rules import Leaf, flatten
+from jsn._types import Operator, PyTree, Sigma, Weight
+
+
+def constrain(
+    operator: Operator, W: Weight, sigma: Sigma, bound: Any, soft: bool, scale: Any
+) -> Weight:
+    """Scales a weight: `W * bound / sigma`, or `W * min(1, bound / sigma)`, times `scale`.
+
+    The factor is formed and applied in at least float32; the cast to the dtype of `W` comes
+    last. A zero weight stays zero.
+    """
+    dtype = jnp.promote_types(W.dtype, jnp.float32)
+    sigma = sigma.astype(dtype)
+    bound = jnp.asarray(bound, dtype)
+    factor = bound / jnp.where(sigma == 0, 1, sigma)
+    if soft:
+        factor = jnp.where(sigma > bound, factor, jnp.ones_like(factor))
+    if scale is not None:
+        factor = factor * jnp.asarray(scale, dtype)
+    return (W.astype(dtype) * operator.spread(factor, W.shape)).astype(W.dtype)
+
+
+def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:
+    """Gives each leaf its bound or scale, from one value or from a tree prefix of the parameters.
+
+    Raises:
+        ValueError: If a value known at trace time is no number (a bound: no number above 0) or
+            does not broadcast to the leaf's sigmas, by path; or if the tree is no prefix.
+    """
+    if value is None:
+        return [None] * len(leaves)
+    values = _broadcast(call, name, value, params)
+    problems = [
+        (leaf.path, what)
+        for leaf, x in zip(leaves, values, strict=True)
+        if leaf.operator is not None and (what := _problem(name, x, leaf))
+    ]
+    if problems:
+        if jax.tree.structure(value) == jax.tree.structure(0):
+            problems = [("every weight", problems[0][1])]
+        raise ValueError(_errors.bad_bound(call, name, problems))
+    return values
+
+
+def _broadcast(call: str, name: str, prefix: PyTree, params: PyTree) -> list[Any]:
+    if jax.tree.structure(prefix) == jax.tree.structure(0):
+        return [prefix] * len(flatten(params)[0])
+    values: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda x, subtree: values.extend([x] * len(flatten(subtree)[0])),
+            prefix,
+            params,
+            is_leaf=lambda x: x is None,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(_errors.bad_prefix(call, name, str(error))) from None
+    return values
+
+
+def _problem(name: str, value: Any, leaf: Leaf) -> str | None:
+    """What is wrong with one value, as far as can be seen before run time."""
+    if value is None:
+        return None if name == "scale" else "found None"
+    shape = np.shape(value)
+    batch = leaf.operator.batch(leaf.value.shape)  # type: ignore
+    dtype = getattr(value, "dtype", np.asarray(value).dtype)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real:
+        return f"found {value!r} of dtype {dtype}"
+    if shape and shape != batch:
+        return f"found shape {shape}, the weight has {batch or 'one sigma'}"
+    if name == "bound" and not isinstance(value, jax.core.Tracer):
+        found = np.asarray(value, np.float64)
+        if not (found > 0).all():
+            return f"found {value!r}"
+    return None

@@ -1,0 +1,180 @@
+"""The wording of every error: where, what was found, what was expected, and the fix.
+
+In: facts. Out: messages. Must not know how the facts were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Problem = tuple[str, str]
+"""A leaf's path, and what is wrong with it."""
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _rows(problems: Sequence[Problem]) -> str:
+    return "\n".join(f"  {path or '(the weight itself)'}: {what}" for path, what in problems)
+
+
+def cannot_view(call: str, problems: Sequence[Problem], total: int) -> str:
+    """Rules ask for a view that a shape or dtype does not allow."""
+    return (
+        f"{call}: {len(problems)} of {_count(total, 'weight')} cannot be viewed as asked:\n"
+        f"{_rows(problems)}\n"
+        "Give these leaves a rule of their own, or None to leave them alone."
+    )
+
+
+def bad_dtype(call: str, problems: Sequence[Problem], total: int) -> str:
+    """Weights that are not real floating point numbers."""
+    return (
+        f"{call}: {len(problems)} of {_count(total, 'weight')} cannot be normalized:\n"
+        f"{_rows(problems)}\n"
+        "Expected real floating point weights. Cast them, or give these leaves the rule None."
+    )
+
+
+def bad_rules(call: str, problems: Sequence[str]) -> str:
+    """The rules themselves are not a sequence of (pattern, operator or None)."""
+    return (
+        f"{call}: rules are malformed:\n"
+        + "\n".join(f"  {problem}" for problem in problems)
+        + "\nExpected a sequence of (path pattern, operator or None), such as "
+        '(("head/kernel$", None), *jsn.FLAX).'
+    )
+
+
+def unmatched_rules(call: str, patterns: Sequence[str], paths: Sequence[str]) -> str:
+    """Patterns given by the caller that match no leaf: a typo, most likely."""
+    shown = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
+    return (
+        f"{call}: {_count(len(patterns), 'rule matches', 'rules match')} no leaf: "
+        f"{', '.join(repr(pattern) for pattern in patterns)}.\n"
+        f"The leaves are: {shown or '(none)'}.\n"
+        "Patterns are matched with re.search against paths joined by '/'. "
+        "Correct the pattern, or remove the rule."
+    )
+
+
+def nothing_tracked(call: str, paths: Sequence[str]) -> str:
+    """No leaf at all became a weight."""
+    shown = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
+    return (
+        f"{call}: no leaf of the parameters is normalized. The leaves are: {shown or '(none)'}.\n"
+        "Expected at least one leaf that a rule gives an operator. Add a rule such as "
+        '("my_weight$", jsn.Matrix()).'
+    )
+
+
+def other_model(call: str, problems: Sequence[Problem]) -> str:
+    """State and parameters do not belong together."""
+    return (
+        f"{call}: the state does not fit these parameters:\n"
+        f"{_rows(problems)}\n"
+        "Expected the state that jsn.init made for parameters of this structure and these "
+        "shapes. Make a new one with jsn.init(params), or load the matching checkpoint."
+    )
+
+
+def not_a_state(call: str, found: str) -> str:
+    """Something that is neither an SNState nor a linen collection of them."""
+    return (
+        f"{call}: expected the SNState of jsn.init, or the collection variables['sn_state'], "
+        f"found {found}.\n"
+        "If this comes from a checkpoint, restore it into a target made by jsn.init(params)."
+    )
+
+
+def bad_restore(problems: Sequence[Problem]) -> str:
+    """A serialized state that does not fit the SNState it is restored into."""
+    return (
+        "SNState: the serialized state does not fit the target:\n"
+        f"{_rows(problems)}\n"
+        "Restore into a state made by jsn.init with the same parameters, rules and block_size."
+    )
+
+
+def bad_u(call: str, found: tuple[int, ...], expected: Sequence[str], shape: tuple) -> str:
+    """A `u` whose shape does not fit the weight."""
+    return (
+        f"{call}: u has shape {found}, but a weight of shape {shape} viewed this way needs "
+        f"{' or '.join(expected)}."
+        " u lives on the output side, with its vectors as rows: transpose or rebuild it."
+    )
+
+
+def bad_u_dtype(call: str, found: str) -> str:
+    """A `u` that is not floating point."""
+    return f"{call}: u has dtype {found}, expected a real floating point dtype: cast it."
+
+
+def bad_count(call: str, name: str, found: object, least: int) -> str:
+    """A count such as n_steps or block_size that is not an integer in range."""
+    return (
+        f"{call}: {name} is {found!r}, expected an integer of at least {least}. "
+        f"It is static: under jit, pass a Python number."
+    )
+
+
+def bad_bound(call: str, name: str, problems: Sequence[Problem]) -> str:
+    """A static bound or scale that cannot be one."""
+    return (
+        f"{call}: {name} is not usable:\n"
+        f"{_rows(problems)}\n"
+        f"Expected a real number above 0, a scalar array, or a tree prefix of params of those."
+        if name == "bound"
+        else f"{call}: {name} is not usable:\n"
+        f"{_rows(problems)}\n"
+        "Expected a real number, a scalar array, or a tree prefix of params of those."
+    )
+
+
+def bad_prefix(call: str, name: str, detail: str) -> str:
+    """A bound or scale tree that is no prefix of the parameters."""
+    return (
+        f"{call}: {name} is not a tree prefix of params: {detail}\n"
+        "Give one value, or a tree with params' own keys, cut off wherever one value serves "
+        "the whole subtree."
+    )
+
+
+def bad_axes(found: str) -> str:
+    """Axes of Matrix that contradict each other before any shape is known."""
+    return (
+        f"jsn.Matrix: {found}. "
+        "Expected in_axis, out_axis and batch_axis to be integers or sequences of integers, "
+        "each axis named once, with at most one of in_axis and out_axis None ('all the rest')."
+    )
+
+
+def no_linen_state(path: str) -> str:
+    """A decorated linen module applied without its collection."""
+    return (
+        f"jsn.linen: {path} was applied without its 'sn_state' collection. "
+        "Pass variables that contain it: model.apply({'params': params, 'sn_state': sn_state}, "
+        "...). model.init makes it; for parameters trained without jsn, "
+        "jsn.linen.init_state(model, variables, *args) does. Inside nn.scan, nn.vmap or nn.RNN, "
+        "list 'sn_state' beside 'params' (variable_axes={'params': 0, 'sn_state': 0}), or "
+        "decorate the class around them."
+    )
+
+
+def not_linen(found: str) -> str:
+    """Something other than a linen module class was decorated."""
+    return (
+        f"jsn.linen.spectral_norm: expected a flax.linen.Module class, found {found}. "
+        "Decorate the class, not an instance: jsn.linen.spectral_norm(nn.Dense)(features=64). "
+        "For a tree of parameters use jsn.init and jsn.normalize."
+    )
+
+
+def not_decorated(name: str) -> str:
+    """A linen model without a decorated module was asked for its state."""
+    return (
+        f"jsn.linen.init_state: no module of {name} keeps spectral normalization state. "
+        "Expected a model with a decorated class: jsn.linen.spectral_norm(Model)(...). "
+        "Inside nn.scan, nn.vmap or nn.RNN, list 'sn_state' beside 'params'."
+    )

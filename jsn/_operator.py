@@ -1,0 +1,196 @@
+"""Station 2. A weight as a linear map: `Matrix`.
+
+In: a weight, and which of its axes are input, output and batch. Out: products of the map and of
+its transpose with blocks of vectors, contracted over the weight's own axes: nothing is flattened
+or transposed. Must not know about rules, trees, power iteration or state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jsn import _errors
+from jsn._types import Block, Sigma, Weight
+
+Axes = int | Sequence[int]
+
+
+def contract(
+    x: Array, y: Array, contracting: tuple[Sequence[int], Sequence[int]], batch: tuple = ((), ())
+) -> Array:
+    """`lax.dot_general` in full precision: the only product jsn forms."""
+    dtype = jnp.result_type(x, y)
+    return lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        (contracting, batch),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+
+
+def _as_axes(name: str, axes: Axes | None) -> tuple[int, ...] | None:
+    if axes is None:
+        return None
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+        raise ValueError(_errors.bad_axes(f"{name}={axes!r} is not made of integers"))
+    return axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A weight as a matrix from its input axes to its output axes.
+
+    Axes are named as in `jax.nn.initializers`: `in_axis` are summed over when the layer is
+    applied, `out_axis` index its output, and `batch_axis` index independent matrices (stacked
+    layers, attention heads, experts), each with its own sigma. The default is the view of
+    Miyato et al. for a Flax kernel: everything but the last axis is input.
+
+    Args:
+        in_axis: Input axes; None means all the rest.
+        out_axis: Output axes; None means all the rest (only one of the two may be None).
+        batch_axis: Batch axes.
+
+    Raises:
+        ValueError: If an axis is not an integer, if both `in_axis` and `out_axis` are None,
+            or if one axis is named twice.
+
+    Example:
+        >>> import jax, jsn
+        >>> stack = jax.numpy.ones((3, 8, 4))  # three layers of 8 inputs and 4 outputs
+        >>> state = jsn.init({"kernel": stack}, rules=[("kernel", jsn.Matrix(batch_axis=0))])
+        >>> jsn.sigmas({"kernel": stack}, state)["kernel"].shape
+        (3,)
+
+    References:
+        Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks,
+        section 2.1, https://arxiv.org/abs/1802.05957
+    """
+
+    in_axis: Axes | None = None
+    out_axis: Axes | None = -1
+    batch_axis: Axes = ()
+
+    def __post_init__(self):
+        for name in ("in_axis", "out_axis", "batch_axis"):
+            object.__setattr__(self, name, _as_axes(name, getattr(self, name)))
+        if self.in_axis is None and self.out_axis is None:
+            raise ValueError(_errors.bad_axes("in_axis and out_axis are both None"))
+        named = [*(self.in_axis or ()), *(self.out_axis or ()), *self.batch_axis]  # type: ignore
+        if len(set(named)) < len(named):
+            raise ValueError(_errors.bad_axes(f"{self} names an axis twice"))
+
+    def __repr__(self) -> str:
+        def short(axes):
+            return axes[0] if axes is not None and len(axes) == 1 else axes
+
+        shown = [
+            f"{field.name}={short(value)}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != _as_axes(field.name, field.default)  # type: ignore
+        ]
+        return f"Matrix({', '.join(shown)})"
+
+    def _axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Input, output and batch axes of a weight of this rank, each in ascending order."""
+
+        def resolve(axes):
+            return tuple(sorted(axis % ndim for axis in axes))
+
+        batch = resolve(self.batch_axis)
+        ins = None if self.in_axis is None else resolve(self.in_axis)
+        outs = None if self.out_axis is None else resolve(self.out_axis)
+        rest = tuple(a for a in range(ndim) if a not in {*batch, *(ins or ()), *(outs or ())})
+        return rest if ins is None else ins, rest if outs is None else outs, batch
+
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        """Says why a weight of this shape cannot be viewed this way, or None if it can."""
+        ndim = len(shape)
+        named = [*self.batch_axis, *(self.in_axis or ()), *(self.out_axis or ())]  # type: ignore
+        for axis in named:
+            if not -ndim <= axis < ndim:
+                kind = next(
+                    name
+                    for name in ("in_axis", "out_axis", "batch_axis")
+                    if axis in (getattr(self, name) or ())
+                )
+                if ndim < 2:
+                    break
+                return f"{kind} {axis} is out of range for {ndim} axes"
+        if ndim < 2 + len(self.batch_axis):  # type: ignore
+            return f"needs at least {2 + len(self.batch_axis)} axes"  # type: ignore
+        ins, outs, batch = self._axes(ndim)
+        if sorted((*ins, *outs, *batch)) != list(range(ndim)):
+            return f"input axes {ins}, output axes {outs} and batch axes {batch} do not cover each axis once"
+        if not ins or not outs:
+            return f"no axis is left for the {'output' if ins else 'input'} side"
+        if 0 in shape:
+            return "is empty"
+        return None
+
+    def _sizes(self, shape: tuple[int, ...], which: int) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in self._axes(len(shape))[which])
+
+    def domain(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the input side."""
+        return self._sizes(shape, 0)
+
+    def codomain(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the output side."""
+        return self._sizes(shape, 1)
+
+    def batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return self._sizes(shape, 2)
+
+    def matvec(self, W: Weight, v: Block) -> Block:
+        """Contracts a block with the input axes."""
+        ins, _, batch = self._axes(W.ndim)
+        return _apply(W, v, ins, batch)
+
+    def rmatvec(self, W: Weight, u: Block) -> Block:
+        """Contracts a block with the output axes."""
+        _, outs, batch = self._axes(W.ndim)
+        return _apply(W, u, outs, batch)
+
+    def spread(self, values: Sigma, shape: tuple[int, ...]) -> Array:
+        """Puts one value for each batch entry on the weight's own batch axes."""
+        batch = self._axes(len(shape))[2]
+        values = jnp.broadcast_to(values, self.batch(shape))
+        return values.reshape([n if a in batch else 1 for a, n in enumerate(shape)])
+
+    def lifted(self, axes: tuple[int, ...], ndim: int) -> Matrix:
+        """The same view of a weight of rank `ndim` that has gained these batch axes."""
+        if not axes:
+            return self
+        kept = [axis for axis in range(ndim) if axis not in axes]
+
+        def move(inner):
+            return None if inner is None else tuple(kept[axis] for axis in inner)  # also negative
+
+        batch = (*axes, *move(self.batch_axis))  # type: ignore
+        return Matrix(move(self.in_axis), move(self.out_axis), batch)
+
+
+def _apply(W: Weight, x: Block, axes: tuple[int, ...], batch: tuple[int, ...]) -> Block:
+    """Contracts the trailing axes of a block `(*batch, block, *axes)` with those axes of W."""
+    n_batch = len(batch)
+    x_axes = tuple(range(n_batch + 1, x.ndim))
+    x_batch = tuple(range(n_batch))
+    if axes[-1] == W.ndim - 1 or len(axes) == 1:
+        return contract(x, W, (x_axes, axes), (x_batch, batch))
+    # Several axes that do not end the weight: with W on the right XLA:CPU copies it transposed.
+    y = contract(W, x, (axes, x_axes), (batch, x_batch))
+    return jnp.moveaxis(y, -1, n_batch)
+
+
+def size(shape: Sequence[int]) -> int:
+    """Number of entries."""
+    return math.prod(shape)

@@ -1,0 +1,377 @@
+"""Station 3. The block power iteration: two reads of W, a small Rayleigh-Ritz, sigma.
+
+In: a weight, its operator, and the tracked block `u` of its output side. Out: sigma with its
+derivative, and the next block. Must not know about trees, rules or constraints.
+
+One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
+
+    v = A^T u,  z = A v                      the two reads of W
+    G = v v^T = u M u^T,  G = Q diag(w) Q^T  Rayleigh-Ritz on the span of u
+    sigma = |A v1| / |v1|,  v1 = Q[:, 0]^T v one half step beyond the best Ritz vector
+    u <- orthonormal rows of [ Ritz vectors | their residuals M q - w q | previous directions ]
+
+The next block is that of LOBPCG without a preconditioner, in thirds. Where the block spans a
+whole side of the matrix, and for a block of one vector, it is z itself: subspace iteration,
+which for one vector is the iteration of Miyato et al. The step is written in five phases, so
+that `_plan` can run the small ones (`ritz`, `orthonormalizer`) for all weights at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jsn import _errors
+from jsn._operator import Matrix, contract, size
+from jsn._rules import Leaf, check_weights
+from jsn._types import Block, Operator, Sigma, Weight
+
+_NOISE = 2.0**-23
+"""Size of the probe mixed into each new block: at rounding level, it only matters where nothing
+else is left, and there it brings a lost or rank-deficient block back to life."""
+
+
+class Pair(NamedTuple):
+    """The tracked singular pair: sigma and the unit vectors it was read off."""
+
+    sigma: Sigma
+    u: Float[Array, "*batch_codomain"]
+    v: Float[Array, "*batch_domain"]
+
+
+class Reads(NamedTuple):
+    """What the two reads of a weight give: `v` scaled by a power of two, `z = A v`, their Gram."""
+
+    scale: Sigma
+    v: Block
+    z: Block
+    gram: Float[Array, "*batch block block"]
+
+
+# --- small dense algebra on the block axis --------------------------------------------------
+
+
+def _gram(x: Block, n_batch: int) -> Float[Array, "*batch block block"]:
+    axes, batch = tuple(range(n_batch + 1, x.ndim)), tuple(range(n_batch))
+    return contract(x, x, (axes, axes), (batch, batch))
+
+
+def _mix(coefficients: Float[Array, "*batch rows block"], x: Block) -> Block:
+    """Linear combinations of the vectors of a block."""
+    n_batch = coefficients.ndim - 2
+    batch = tuple(range(n_batch))
+    return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
+
+
+def _over(values: Sigma, x: Array) -> Array:
+    """Broadcasts one value for each batch entry over the trailing axes of x."""
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+def _safe(x: Array) -> Array:
+    """x where it is a usable divisor, else 1."""
+    return jnp.where(x > 0, x, 1)
+
+
+def _norm(x: Array, n_batch: int) -> Sigma:
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(n_batch, x.ndim))))
+
+
+def probe(shape: tuple[int, ...], n_batch: int) -> Float[Array, "..."]:
+    """A fixed, seemingly random block in [-1, 1): an integer hash of the position.
+
+    Computed where it is used, so that no array of its size becomes a constant of the program,
+    and equal on every platform.
+    """
+    index = lax.iota(jnp.uint32, size(shape[n_batch:])).reshape(shape[n_batch:])
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        index = (index ^ (index >> shift)) * jnp.uint32(factor)
+    index = index ^ (index >> 16)
+    return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1.0, shape)
+
+
+# --- the five phases of a step ---------------------------------------------------------------
+
+
+def read(operator: Operator, W: Weight, u: Block) -> Reads:
+    """Phase 1, the two reads of W. `v` is rescaled in between, so no scale of W overflows."""
+    n_batch = len(operator.batch(W.shape))
+    v = operator.rmatvec(W, u)
+    peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
+    scale = lax.reduce_precision(peak, exponent_bits=8, mantissa_bits=0)  # a power of two
+    scale = _safe(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny) * (peak > 0))
+    v = v * _over(1 / scale, v)
+    z = operator.matvec(W, v)
+    return Reads(scale, v, z, _gram(v, n_batch))
+
+
+def ritz(gram: Float[Array, "*n b b"]) -> tuple[Float[Array, "*n b"], Float[Array, "*n b b"]]:
+    """Phase 2, eigenvalues (largest first) and eigenvectors (as rows) of the Gram matrices."""
+    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    return values[..., ::-1], jnp.swapaxes(vectors, -1, -2)[..., ::-1, :]
+
+
+def thirds(block: int) -> tuple[int, int, int]:
+    """How many Ritz vectors, residuals and previous directions make up a block."""
+    n_ritz = -(-block // 3)
+    n_residual = -(-(block - n_ritz) // 2)
+    return n_ritz, n_residual, block - n_ritz - n_residual
+
+
+def full_side(operator: Operator, shape: tuple[int, ...]) -> int:
+    """The number of vectors that span the smaller side of the map: no block needs more."""
+    return min(size(operator.domain(shape)), size(operator.codomain(shape)))
+
+
+def is_subspace(operator: Operator, shape: tuple[int, ...], block: int) -> bool:
+    """Whether plain subspace iteration is the step: one vector, or a whole side (then exact)."""
+    return block == 1 or block >= full_side(operator, shape)
+
+
+def pair(reads: Reads, vectors: Float[Array, "*batch b b"]) -> Pair:
+    """Phase 3a, sigma from the best Ritz vector: |A v| / |v|, never above the truth."""
+    n_batch = vectors.ndim - 2
+    v, z = (_mix(vectors[..., :1, :], x).squeeze(n_batch) for x in (reads.v, reads.z))
+    z = z * _over(1 / reads.scale, z)
+    v_norm, z_norm = _norm(v, n_batch), _norm(z, n_batch)
+    sigma = reads.scale * (z_norm / _safe(v_norm))
+    return Pair(sigma, z / _over(_safe(z_norm), z), v / _over(_safe(v_norm), v))
+
+
+def candidates(
+    reads: Reads, u: Block, values: Float[Array, "*batch b"], vectors: Array, subspace: bool
+) -> Block:
+    """Phase 3b, the vectors that span the next block, not yet orthonormal."""
+    n_batch = vectors.ndim - 2
+    to_z = _over(1 / reads.scale, vectors) * vectors
+    if subspace:
+        x = _mix(to_z, reads.z)
+    else:
+        block = vectors.shape[-1]
+        n_ritz, n_residual, n_previous = thirds(block)
+        # A Ritz vector's part outside the last Ritz vectors: where it came from.
+        previous = vectors[..., :n_previous, :] * (jnp.arange(block) >= n_ritz)
+        leading = vectors[..., :n_residual, :]
+        on_u = [vectors[..., :n_ritz, :], -values[..., :n_residual, None] * leading, previous]
+        on_z = to_z[..., :n_residual, :]
+        pad = [(0, 0)] * n_batch + [(n_ritz, n_previous), (0, 0)]
+        x = _mix(jnp.concatenate(on_u, axis=-2), u) + _mix(jnp.pad(on_z, pad), reads.z)
+    return x + _NOISE * probe(x.shape, n_batch)
+
+
+def orthonormalizer(gram: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
+    """Phase 4, the T for which T x has orthonormal rows, from the Gram matrix of x (Cholesky)."""
+    block = gram.shape[-1]
+    scale = 1 / jnp.sqrt(_safe(jnp.diagonal(gram, axis1=-2, axis2=-1)))
+    gram = gram * scale[..., :, None] * scale[..., None, :]
+    eye = jnp.eye(block, dtype=gram.dtype)
+    factor = lax.linalg.cholesky(gram + block * 2.0**-22 * eye, symmetrize_input=False)
+    right = scale[..., None, :] * eye
+    return lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+
+
+def orthonormalize(x: Block, T: Float[Array, "*batch b b"], u: Block) -> Block:
+    """Phase 5, T x; the block `u` from before wherever T is not finite (a NaN in W or x)."""
+    finite = jnp.isfinite(T).all(axis=(-2, -1))
+    return jnp.where(_over(finite, x), _mix(T, x), u)
+
+
+# --- one weight -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def with_derivative(operator: Operator, sigma: Sigma, W: Weight, u: Array, v: Array) -> Sigma:
+    """sigma, with the derivative d sigma = u^T dA v and no further read of W."""
+    del operator, W, u, v
+    return sigma
+
+
+@with_derivative.defjvp
+def _(operator, primals, tangents):
+    sigma, W, u, v = primals
+    dW = tangents[1]
+    n_batch = len(operator.batch(W.shape))
+    dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
+    return sigma, jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))).astype(sigma.dtype)
+
+
+def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
+    """The first block of a weight: a fixed probe; the first step makes it orthonormal."""
+    batch = operator.batch(shape)
+    return probe((*batch, block, *operator.codomain(shape)), len(batch))
+
+
+def usable(u: Block) -> Block:
+    """A stored block, with entries that are not finite replaced by 0 (one step repairs it)."""
+    return jnp.where(jnp.isfinite(u), u, 0)
+
+
+def stored_pair(operator: Operator, W: Weight, u: Block) -> Pair:
+    """The best pair in the span of a stored block, with a single read of W."""
+    n_batch = len(operator.batch(W.shape))
+    v = operator.rmatvec(W, u)
+    peak = _safe(jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim))))
+    vectors = ritz(_gram(v * _over(1 / peak, v), n_batch))[1][..., :1, :]
+    u, v = (_mix(vectors, x).squeeze(n_batch) for x in (u, v * _over(1 / peak, v)))
+    u_norm, v_norm = _norm(u, n_batch), _norm(v, n_batch)
+    sigma = peak * (v_norm / _safe(u_norm))
+    return Pair(sigma, u / _over(_safe(u_norm), u), v / _over(_safe(v_norm), v))
+
+
+# --- any number of weights --------------------------------------------------------------------
+
+Small = Callable[[Callable, Sequence[Array]], Sequence]
+"""How a small phase runs over the matrices of several weights."""
+
+
+def each(phase: Callable, matrices: Sequence[Array]) -> list:
+    """Runs a small phase for one weight after the other."""
+    return [phase(matrix) for matrix in matrices]
+
+
+def orthonormal(
+    blocks: Sequence[Block], last: Sequence[Block], n_batch: Sequence[int], small: Small
+) -> list[Block]:
+    """Makes the rows of blocks orthonormal; the second pass repairs the rounding of the first."""
+    for _ in range(2):
+        changes = small(orthonormalizer, [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)])
+        blocks = [orthonormalize(x, T, u) for x, T, u in zip(blocks, changes, last, strict=True)]
+    return [x.astype(jnp.float32) for x in blocks]
+
+
+def step(
+    operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], small: Small
+) -> tuple[list[Pair], list[Block]]:
+    """One step for several weights: their pairs and their next blocks."""
+    reads = [read(operator, W, u) for operator, W, u in zip(operators, weights, us, strict=True)]
+    bases = small(ritz, [r.gram for r in reads])
+    pairs = [pair(r, vectors) for r, (_, vectors) in zip(reads, bases, strict=True)]
+    spans = [
+        candidates(r, u, *basis, is_subspace(operator, W.shape, basis[0].shape[-1]))
+        for operator, W, u, r, basis in zip(operators, weights, us, reads, bases, strict=True)
+    ]
+    n_batch = [len(operator.batch(W.shape)) for operator, W in zip(operators, weights, strict=True)]
+    return pairs, orthonormal(spans, us, n_batch, small)
+
+
+def iterate(
+    operators: Sequence[Operator],
+    weights: Sequence[Weight],
+    us: Sequence[Block],
+    n_steps: int,
+    small: Small = each,
+) -> tuple[list[Sigma], list[Block]]:
+    """Runs power steps on several weights: sigmas, with their derivatives, and blocks.
+
+    With `n_steps=0` the blocks come back as they are, and sigma costs one read.
+    """
+    raw = [lax.stop_gradient(W) for W in weights]
+    us = [lax.stop_gradient(u) for u in us]
+    tracked = [usable(u) for u in us]
+    if n_steps == 0:
+        pairs = [stored_pair(*weight) for weight in zip(operators, raw, tracked, strict=True)]
+    elif n_steps == 1:
+        pairs, us = step(operators, raw, tracked, small)
+    else:
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(lambda: step(operators, raw, tracked, small)[0]),
+        )
+        pairs, us = lax.fori_loop(
+            0, n_steps, lambda _, carry: step(operators, raw, carry[1], small), (empty, tracked)
+        )
+    sigmas = [
+        with_derivative(operator, sigma, W, u, v)
+        for operator, W, (sigma, u, v) in zip(operators, weights, pairs, strict=True)
+    ]
+    return sigmas, us
+
+
+def power_iterate(
+    W: Weight, u: Block, n_steps: int = 1, *, operator: Operator | None = None
+) -> tuple[Sigma, Block]:
+    """Estimates the largest singular value of a weight, and improves the block that tracks it.
+
+    Pure, and works alone on any matrix under `jit`, `vmap`, `scan` and `grad`: `u` comes back
+    with the shape and dtype it came in, so it is a scan carry. Each step reads `W` twice,
+    whatever the block size. sigma is never above the truth, up to rounding, and is
+    differentiable in `W`, with d sigma = u^T dA v; `u` carries no gradient.
+
+    A zero `W` gives sigma 0; a NaN or infinite one gives a NaN sigma and leaves `u` as it was.
+    Entries of `u` that are not finite are replaced. A bfloat16 or float16 `W` is computed with
+    in float32. Scaling `W` scales sigma, whatever the scale.
+
+    Args:
+        W: The weight, in any layout that `operator` describes.
+        u: Vectors of the output side as rows: `(*batch, block, *codomain)`, or
+            `(*batch, *codomain)` for a single vector. Any start that is not orthogonal to the
+            answer will do; rows need not be orthonormal at first, and are afterwards.
+        n_steps: Power steps. 0 gives the best estimate in the span of `u`, with one read.
+        operator: How `W` is seen as a linear map; `Matrix()` if None.
+
+    Returns:
+        sigma, of shape `(*batch)`, and the next `u`.
+
+    Raises:
+        TypeError: If `W` or `u` is not real floating point.
+        ValueError: If `operator` does not fit `W`, `u` does not fit both, or `n_steps < 0`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jsn
+        >>> W = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+        >>> sigma, u = jsn.power_iterate(W, jnp.ones(3), n_steps=20)
+        >>> print(f"{sigma:.4f}")
+        3.0000
+        >>> print(jax.grad(lambda W: jsn.power_iterate(W, u)[0])(W).round(2)[0, 0])
+        1.0
+
+    References:
+        One vector: Miyato et al. 2018, algorithm 1, https://arxiv.org/abs/1802.05957.
+        Blocks: Knyazev 2001, Toward the Optimal Preconditioned Eigensolver: LOBPCG,
+        algorithm 5.1 without a preconditioner, https://doi.org/10.1137/S1064827500366124.
+    """
+    call = "jsn.power_iterate"
+    operator = Matrix() if operator is None else operator
+    n_steps = check_count(call, "n_steps", n_steps, 0)
+    check_weights([Leaf("", W, operator)], call)
+    single = check_block(call, operator, W.shape, u)
+    block = jnp.expand_dims(u, len(operator.batch(W.shape))) if single else u
+    (sigma,), (block,) = iterate([operator], [W], [block.astype(jnp.float32)], n_steps)
+    return sigma, block.reshape(u.shape).astype(u.dtype)
+
+
+def check_count(call: str, name: str, value: int, least: int) -> int:
+    """Returns a static count as an int.
+
+    Raises:
+        ValueError: If it is not an integer of at least `least`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        raise ValueError(_errors.bad_count(call, name, value, least))
+    return int(value)
+
+
+def check_block(call: str, operator: Operator, shape: tuple[int, ...], u: Block) -> bool:
+    """Whether `u` is a single vector without a block axis.
+
+    Raises:
+        TypeError: If `u` is not real floating point.
+        ValueError: If its shape fits neither a vector nor a block.
+    """
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise TypeError(_errors.bad_u_dtype(call, str(u.dtype)))
+    batch, codomain = operator.batch(shape), operator.codomain(shape)
+    if u.shape == (*batch, *codomain):
+        return True
+    n_batch = len(batch)
+    fits = u.shape == (*batch, *u.shape[n_batch : n_batch + 1], *codomain)
+    if not fits or 0 in u.shape or u.shape[n_batch] > size(codomain):
+        expected = [f"{(*batch, *codomain)}", f"{(*batch, 'block', *codomain)}".replace("'", "")]
+        raise ValueError(_errors.bad_u(call, tuple(u.shape), expected, tuple(shape)))
+    return False
