@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.core import Tracer
 
 from jsn import _errors
 from jsn._rules import Leaf, flatten
@@ -88,7 +88,7 @@ def _problem(name: str, value: Any, leaf: Leaf) -> str | None:
         return f"found {value!r} of dtype {dtype}"
     if shape and shape != batch:
         return f"found shape {shape}, the weight has {batch or 'one sigma'}"
-    if name == "bound" and not isinstance(value, jax.core.Tracer):
+    if name == "bound" and not isinstance(value, Tracer):
         found = np.asarray(value, np.float64)
         if not (found > 0).all():
             return f"found {value!r}"

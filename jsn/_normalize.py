@@ -22,9 +22,7 @@ from jsn._rules import FLAX, Leaf, Rules, assign, check_dtypes, flatten
 from jsn._types import Block, Operator, PyTree, SNState
 
 
-def init(
-    params: PyTree, *, rules: Rules = FLAX, block_size: int = 16, warmup: int = 15
-) -> SNState:
+def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 16, warmup: int = 15) -> SNState:
     """Makes the state of spectral normalization for a tree of parameters.
 
     Deterministic: it needs no PRNG key. The state is warmed up, so that sigma is true to about
@@ -50,7 +48,7 @@ def init(
         ValueError: If a rule is malformed, matches nothing or does not fit its leaves, if no
             leaf is matched, or if `block_size < 1` or `warmup < 0`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jsn
         >>> params = {"dense": {"kernel": 4 * jnp.eye(3), "bias": jnp.ones(3)}}
         >>> state = jsn.init(params)
@@ -106,7 +104,7 @@ def normalize(
         ValueError: If the state does not fit the parameters, `n_steps < 0`, or a bound that is
             known at trace time is not a number above 0; naming every offending leaf.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jsn
         >>> params = {"dense": {"kernel": 4 * jnp.eye(3), "bias": jnp.ones(3)}}
         >>> normalized, state = jsn.normalize(params, jsn.init(params))
@@ -133,9 +131,7 @@ def normalize(
     return rebuild(values), replace(us)
 
 
-def sigmas(
-    params: PyTree, state: SNState | Mapping[str, Any], *, n_steps: int = 0
-) -> PyTree:
+def sigmas(params: PyTree, state: SNState | Mapping[str, Any], *, n_steps: int = 0) -> PyTree:
     """The estimated largest singular value of every tracked weight.
 
     Args:
@@ -151,7 +147,7 @@ def sigmas(
         TypeError: If `state` is no state.
         ValueError: If the state does not fit the parameters, or `n_steps < 0`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jsn
         >>> params = {"kernel": jnp.diag(jnp.array([3.0, 1.0])), "bias": jnp.ones(2)}
         >>> tree = jsn.sigmas(params, jsn.init(params))
@@ -181,15 +177,13 @@ def fold(
     Returns:
         Plain parameters, of the structure, dtypes and metadata boxes of `params`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jsn
         >>> params = {"kernel": 4 * jnp.eye(3)}
         >>> print(jsn.fold(params, jsn.init(params), bound=2.0)["kernel"][0].round(5))
         [2. 0. 0.]
     """
-    return normalize(
-        params, state, n_steps=n_steps, bound=bound, soft=soft, scale=scale
-    )[0]
+    return normalize(params, state, n_steps=n_steps, bound=bound, soft=soft, scale=scale)[0]
 
 
 # --- parameters and state, leaf by leaf ------------------------------------------------------

@@ -62,7 +62,7 @@ class Matrix:
         ValueError: If an axis is not an integer, if both `in_axis` and `out_axis` are None,
             or if one axis is named twice.
 
-    Example:
+    Examples:
         >>> import jax, jsn
         >>> stack = jax.numpy.ones((3, 8, 4))  # three layers of 8 inputs and 4 outputs
         >>> state = jsn.init({"kernel": stack}, rules=[("kernel", jsn.Matrix(batch_axis=0))])
@@ -128,7 +128,7 @@ class Matrix:
             return f"needs at least {2 + len(self.batch_axis)} axes"  # type: ignore
         ins, outs, batch = self._axes(ndim)
         if sorted((*ins, *outs, *batch)) != list(range(ndim)):
-            return f"input axes {ins}, output axes {outs} and batch axes {batch} do not cover each axis once"
+            return f"input {ins}, output {outs} and batch {batch} do not cover each axis once"
         if not ins or not outs:
             return f"no axis is left for the {'output' if ins else 'input'} side"
         if 0 in shape:

@@ -77,13 +77,17 @@ def begin(
     many small operations would each be compiled alone.
     """
     shapes = [W.shape for W in weights]
-    sides = [_power.full_side(operator, shape) for operator, shape in zip(operators, shapes, strict=True)]
+    sides = [
+        _power.full_side(operator, shape) for operator, shape in zip(operators, shapes, strict=True)
+    ]
     wide = [min(max(block_size, _WARM_BLOCK), side) for side in sides]
     us = [
         _power.start(operator, shape, block)
         for operator, shape, block in zip(operators, shapes, wide, strict=True)
     ]
-    n_batch = [len(operator.batch(shape)) for operator, shape in zip(operators, shapes, strict=True)]
+    n_batch = [
+        len(operator.batch(shape)) for operator, shape in zip(operators, shapes, strict=True)
+    ]
     us = _power.orthonormal(us, us, n_batch, together)
     if warmup:
         us = track(operators, weights, us, warmup)[1]

@@ -75,7 +75,7 @@ def _over(values: Sigma, x: Array) -> Array:
 
 
 def _safe(x: Array) -> Array:
-    """x where it is a usable divisor, else 1."""
+    """The values that are usable divisors, and 1 for the others."""
     return jnp.where(x > 0, x, 1)
 
 
@@ -83,7 +83,7 @@ def _norm(x: Array, n_batch: int) -> Sigma:
     return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(n_batch, x.ndim))))
 
 
-def probe(shape: tuple[int, ...], n_batch: int) -> Float[Array, "..."]:
+def probe(shape: tuple[int, ...], n_batch: int) -> Block:
     """A fixed, seemingly random block in [-1, 1): an integer hash of the position.
 
     Computed where it is used, so that no array of its size becomes a constant of the program,
@@ -93,7 +93,7 @@ def probe(shape: tuple[int, ...], n_batch: int) -> Float[Array, "..."]:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         index = (index ^ (index >> shift)) * jnp.uint32(factor)
     index = index ^ (index >> 16)
-    return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1.0, shape)
+    return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1, shape)
 
 
 # --- the five phases of a step ---------------------------------------------------------------
@@ -240,7 +240,9 @@ def orthonormal(
 ) -> list[Block]:
     """Makes the rows of blocks orthonormal; the second pass repairs the rounding of the first."""
     for _ in range(2):
-        changes = small(orthonormalizer, [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)])
+        changes = small(
+            orthonormalizer, [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)]
+        )
         blocks = [orthonormalize(x, T, u) for x, T, u in zip(blocks, changes, last, strict=True)]
     return [x.astype(jnp.float32) for x in blocks]
 
@@ -253,7 +255,7 @@ def step(
     bases = small(ritz, [r.gram for r in reads])
     pairs = [pair(r, vectors) for r, (_, vectors) in zip(reads, bases, strict=True)]
     spans = [
-        candidates(r, u, *basis, is_subspace(operator, W.shape, basis[0].shape[-1]))
+        candidates(r, u, *basis, subspace=is_subspace(operator, W.shape, basis[0].shape[-1]))
         for operator, W, u, r, basis in zip(operators, weights, us, reads, bases, strict=True)
     ]
     n_batch = [len(operator.batch(W.shape)) for operator, W in zip(operators, weights, strict=True)]
@@ -272,25 +274,26 @@ def iterate(
     With `n_steps=0` the blocks come back as they are, and sigma costs one read.
     """
     raw = [lax.stop_gradient(W) for W in weights]
-    us = [lax.stop_gradient(u) for u in us]
-    tracked = [usable(u) for u in us]
+    last = [lax.stop_gradient(u) for u in us]
+    us = [usable(u) for u in last]
     if n_steps == 0:
-        pairs = [stored_pair(*weight) for weight in zip(operators, raw, tracked, strict=True)]
+        pairs = [stored_pair(*weight) for weight in zip(operators, raw, us, strict=True)]
+        us = last
     elif n_steps == 1:
-        pairs, us = step(operators, raw, tracked, small)
+        pairs, us = step(operators, raw, us, small)
     else:
         empty = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: step(operators, raw, tracked, small)[0]),
+            jax.eval_shape(lambda: step(operators, raw, us, small)[0]),
         )
         pairs, us = lax.fori_loop(
-            0, n_steps, lambda _, carry: step(operators, raw, carry[1], small), (empty, tracked)
+            0, n_steps, lambda _, carry: step(operators, raw, carry[1], small), (empty, us)
         )
     sigmas = [
-        with_derivative(operator, sigma, W, u, v)
+        with_derivative(operator, sigma, W, u, v)  # pyright: ignore[reportCallIssue]
         for operator, W, (sigma, u, v) in zip(operators, weights, pairs, strict=True)
     ]
-    return sigmas, us
+    return sigmas, list(us)
 
 
 def power_iterate(
@@ -322,7 +325,7 @@ def power_iterate(
         TypeError: If `W` or `u` is not real floating point.
         ValueError: If `operator` does not fit `W`, `u` does not fit both, or `n_steps < 0`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jsn
         >>> W = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
         >>> sigma, u = jsn.power_iterate(W, jnp.ones(3), n_steps=20)

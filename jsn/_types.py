@@ -46,11 +46,11 @@ class Operator(Protocol):
         ...
 
     def matvec(self, W: Weight, v: Block) -> Block:
-        """Applies the map to a block, `(*batch, block, *domain)` to `(*batch, block, *codomain)`."""
+        """Applies the map to a block `(*batch, block, *domain)` of the input side."""
         ...
 
     def rmatvec(self, W: Weight, u: Block) -> Block:
-        """Applies the transpose of the map to a block of the output side."""
+        """Applies the transpose of the map to a block `(*batch, block, *codomain)`."""
         ...
 
     def spread(self, values: Sigma, shape: tuple[int, ...]) -> Array:

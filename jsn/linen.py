@@ -83,7 +83,7 @@ def spectral_norm(
         ValueError: On `apply`, if there is no `sn_state`; else what `jsn.init` and
             `jsn.normalize` raise.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jsn
         >>> @jsn.linen.spectral_norm
         ... class Critic(nn.Module):
@@ -116,7 +116,7 @@ def spectral_norm(
         decorated = nn.transforms.lift_transform(transform, cls, methods=methods)
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(decorated, name, getattr(cls, name))
-        decorated.__wrapped__ = cls
+        setattr(decorated, "__wrapped__", cls)  # noqa: B010
         return decorated
 
     return decorate if target is None else decorate(target)
@@ -137,7 +137,7 @@ def init_state(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwa
     Raises:
         ValueError: What `jsn.init` raises, or if no module of the model is decorated.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jsn
         >>> x = jnp.ones((2, 8))
         >>> variables = nn.Dense(4).init(jax.random.key(0), x)  # a checkpoint, say
@@ -291,9 +291,7 @@ def _create(
     if rules is FLAX:
         prefix = "".join(f"{name}/" for name in path)
         rules = _refined(raw, {k.removeprefix(prefix): v for k, v in observed.items()})
-    return _normalize.init(
-        raw, rules=rules, block_size=settings.block_size, warmup=settings.warmup
-    )
+    return _normalize.init(raw, rules=rules, block_size=settings.block_size, warmup=settings.warmup)
 
 
 # --- reading the model ------------------------------------------------------------------------
