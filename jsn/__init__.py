@@ -12,6 +12,7 @@ inside a Flax module.
 """
 
 from jsn import linen as linen
+from jsn._conv import Conv as Conv
 from jsn._normalize import fold as fold
 from jsn._normalize import init as init
 from jsn._normalize import normalize as normalize

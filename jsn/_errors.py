@@ -178,3 +178,74 @@ def not_decorated(name: str) -> str:
         "Expected a model with a decorated class: jsn.linen.spectral_norm(Model)(...). "
         "Inside nn.scan, nn.vmap or nn.RNN, list 'sn_state' beside 'params'."
     )
+
+
+# --- interop ----------------------------------------------------------------------------------
+
+
+def not_importable(call: str, what: str, found: str) -> str:
+    """What was handed to an importer is not the kind of thing it reads."""
+    return f"{call}: expected {what}, found {found}."
+
+
+def pickled_file(call: str, path: str) -> str:
+    """A file that only pickle could read: jsn never does."""
+    return (
+        f"{call}: {path} is no .safetensors file. Files of torch.save are pickles, which can run "
+        "code when they are opened, so jsn does not open them. Load it in torch and hand over "
+        "the dict: torch.load(path, weights_only=True); or convert it once with "
+        "safetensors.torch.save_file."
+    )
+
+
+def unreadable_file(call: str, path: str, detail: str) -> str:
+    """A safetensors file that cannot be read."""
+    return (
+        f"{call}: {path} cannot be read as safetensors: {detail}.\n"
+        "Expected a complete file, as safetensors.torch.save_file writes it. Save or download it "
+        "again."
+    )
+
+
+def missing_package(call: str, package: str, what: str) -> str:
+    """An optional package is needed and not installed."""
+    return f"{call}: {what} needs {package}, which is not installed: pip install {package}."
+
+
+def bad_entries(call: str, problems: Sequence[Problem], fix: str) -> str:
+    """Entries of a foreign checkpoint that cannot be used as what they claim to be."""
+    return f"{call}: {_count(len(problems), 'entry', 'entries')} cannot be used:\n{_rows(problems)}\n{fix}"
+
+
+def nothing_imported(call: str, expected: str, keys: Sequence[str], fix: str) -> str:
+    """A checkpoint in which no weight is spectrally normalized."""
+    shown = ", ".join(keys[:12]) + (", ..." if len(keys) > 12 else "")
+    return (
+        f"{call}: nothing here is spectrally normalized. Expected {expected}.\n"
+        f"The entries are: {shown or '(none)'}.\n{fix}"
+    )
+
+
+def cannot_export(call: str, library: str, problems: Sequence[Problem]) -> str:
+    """Weights whose normalization another library has no way to express."""
+    return (
+        f"{call}: {_count(len(problems), 'weight')} cannot be expressed in {library}:\n"
+        f"{_rows(problems)}\n"
+        "Leave with plain weights instead, which need no spectral normalization any more: "
+        "jsn.fold(params, state)."
+    )
+
+
+# --- convolutions and reading models ----------------------------------------------------------
+
+
+def bad_conv(found: str) -> str:
+    """An argument of Conv that contradicts the others before any kernel is known."""
+    return (
+        f"jsn.Conv: {found} cannot be used. "
+        "Expected input_shape to be 1 to 3 spatial sizes and then channels, such as (32, 32, 3); "
+        "strides and kernel_dilation a number from 1 on, or one for each spatial axis; padding "
+        "what the layer takes: 'SAME', 'VALID', 'CIRCULAR', and for flax.linen.Conv also "
+        "'SAME_LOWER', 'REFLECT' and (with one spatial axis) 'CAUSAL', a number, or a number or "
+        "(low, high) for each spatial axis."
+    )

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jsn import _errors
@@ -24,15 +27,66 @@ Axes = int | Sequence[int]
 def contract(
     x: Array, y: Array, contracting: tuple[Sequence[int], Sequence[int]], batch: tuple = ((), ())
 ) -> Array:
-    """`lax.dot_general` in full precision: the only product jsn forms."""
+    """`lax.dot_general` in full precision: the only product jsn forms.
+
+    On a mesh with explicit axes the result lives where its axes lived before, and where the
+    operands disagree about a common axis, the smaller one moves.
+    """
     dtype = jnp.result_type(x, y)
+    x, y, out = _placed(x, y, contracting, batch)
     return lax.dot_general(
         x.astype(dtype),
         y.astype(dtype),
         (contracting, batch),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
+        out_sharding=out,
     )
+
+
+def explicit_spec(x: Array) -> list | None:
+    """Where each axis of an array lives on a mesh with explicit axes; None without one."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+
+
+def _placed(
+    x: Array, y: Array, contracting: tuple, batch: tuple
+) -> tuple[Array, Array, NamedSharding | None]:
+    """Operands that agree on where their common axes live, and where their product lives."""
+    x_spec, y_spec = explicit_spec(x), explicit_spec(y)
+    if x_spec is None or y_spec is None:
+        return x, y, None
+    common = [*zip(*contracting, strict=True), *zip(*batch, strict=True)]
+    if x.size < y.size:
+        x_spec = _follow(x_spec, y_spec, [(j, i) for i, j in common])
+        x = jax.sharding.reshard(x, PartitionSpec(*x_spec))
+    else:
+        y_spec = _follow(y_spec, x_spec, common)
+        y = jax.sharding.reshard(y, PartitionSpec(*y_spec))
+    spec = [x_spec[i] for i in batch[0]]
+    for own, used in (
+        (x_spec, (*contracting[0], *batch[0])),
+        (y_spec, (*contracting[1], *batch[1])),
+    ):
+        spec += [axis for i, axis in enumerate(own) if i not in used]
+    mesh = jax.typeof(x).sharding.mesh
+    return x, y, NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _follow(spec: list, leader: list, common: Sequence[tuple[int, int]]) -> list:
+    """A spec that takes its common axes from the leader's, and frees those mesh axes elsewhere."""
+    taken = {name for i, _ in common for name in _names(leader[i])}
+    spec = [None if taken & set(_names(entry)) else entry for entry in spec]
+    for i, j in common:
+        spec[j] = leader[i]
+    return spec
+
+
+def _names(entry: Any) -> tuple:
+    return entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
 
 
 def _as_axes(name: str, axes: Axes | None) -> tuple[int, ...] | None:

@@ -7,15 +7,19 @@ runs as one batched call for all of them. Must not know paths, rules, bounds or 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jsn import _power
-from jsn._operator import size
+from jsn._operator import explicit_spec, size
 from jsn._types import Block, Operator, Sigma, Weight
 
 
@@ -47,6 +51,8 @@ def together(phase: Callable, matrices: Sequence[Array]) -> list:
 
 
 def _flat(matrix: Array) -> Array:
+    if explicit_spec(matrix) is not None:
+        matrix = jax.sharding.reshard(matrix, PartitionSpec())  # small, wanted everywhere
     return matrix.reshape(-1, *matrix.shape[-2:])
 
 
@@ -56,14 +62,93 @@ def _pad(matrix: Array, block: int, fill: float) -> Array:
         return matrix
     diagonal = jnp.where(jnp.arange(block) < matrix.shape[-1], 0.0, fill).astype(matrix.dtype)
     pad = [(0, 0)] * (matrix.ndim - 2) + [(0, missing)] * 2
-    return jnp.pad(matrix, pad) + jnp.diag(diagonal)
+    matrix = jnp.pad(matrix, pad)
+    return matrix + jnp.broadcast_to(jnp.diag(diagonal), matrix.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Several weights of one shape and dtype, side by side; nothing is copied."""
+
+    members: tuple[Weight, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.members[0].shape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The operator of several weights: one more batch axis, in front.
+
+    Each weight is read where it lies, one product a weight: stacking large weights would copy
+    them. What the products give is thin, and is stacked, so that everything that follows is one
+    operation for the whole group.
+    """
+
+    member: Operator
+    count: int
+
+    def batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.count, *self.member.batch(shape))
+
+    def domain(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.member.domain(shape)
+
+    def codomain(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.member.codomain(shape)
+
+    def matvec(self, W: _Weights, v: Block) -> Block:
+        return jnp.stack([self.member.matvec(w, v[i]) for i, w in enumerate(W.members)])
+
+    def rmatvec(self, W: _Weights, u: Block) -> Block:
+        return jnp.stack([self.member.rmatvec(w, u[i]) for i, w in enumerate(W.members)])
+
+
+def _grouped(
+    operators: Sequence[Operator], weights: Sequence[Weight], blocks: Sequence[int]
+) -> tuple[list[list[int]], list[Any], list[Any]]:
+    """Weights that can share their thin operations: their indices, operators and weights."""
+    found: dict[Any, list[int]] = {}
+    for index, (operator, W, block) in enumerate(zip(operators, weights, blocks, strict=True)):
+        key = (operator, W.shape, W.dtype, jax.typeof(W).sharding, block)
+        found.setdefault(key, []).append(index)
+    groups = list(found.values())
+    members = [_Weights(tuple(weights[i] for i in group)) for group in groups]
+    return groups, [_Group(operators[group[0]], len(group)) for group in groups], members
+
+
+def _place(operator: Operator, W: Weight, u: Block) -> Block:
+    """Moves a block to where the output side of its weight lives (explicit meshes only)."""
+    if explicit_spec(u) is None:
+        return u
+    z = jax.eval_shape(lambda W, u: operator.matvec(W, operator.rmatvec(W, u)), W, u)
+    return jax.sharding.reshard(u, z.sharding)
 
 
 def track(
     operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], n_steps: int
 ) -> tuple[list[Sigma], list[Block]]:
-    """Power steps on all weights of a tree at once."""
-    return _power.iterate(operators, weights, us, n_steps, small=together)
+    """Power steps on all weights of a tree at once: sigmas, with derivatives, and next blocks."""
+    raw, old = lax.stop_gradient((list(weights), list(us)))
+    placed = [_place(*weight) for weight in zip(operators, raw, old, strict=True)]
+    groups, grouped, members = _grouped(operators, raw, [u.shape for u in placed])
+    stacked = [jnp.stack([placed[i] for i in group]) for group in groups]
+    pairs, blocks = _power.advance(grouped, members, stacked, n_steps, small=together)
+    sigmas: list[Any] = [None] * len(raw)
+    new: list[Any] = [None] * len(raw)
+    for group, pair, block in zip(groups, pairs, blocks, strict=True):
+        for at, i in enumerate(group):
+            own = jax.tree.map(lambda x, at=at: x[at], pair)
+            sigmas[i] = _power.with_derivative(operators[i], weights[i], own)
+            new[i] = block[at] if explicit_spec(block) is None else _back(block[at], old[i])
+    return sigmas, new
+
+
+def _back(u: Block, old: Block) -> Block:
+    """Moves a block to where it came from: a state keeps its shardings."""
+    return jax.sharding.reshard(u, jax.typeof(old).sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -76,25 +161,21 @@ def begin(
     them, so that one vector starts as true as sixteen. Compiled as a whole: called eagerly, the
     many small operations would each be compiled alone.
     """
-    shapes = [W.shape for W in weights]
-    sides = [
-        _power.full_side(operator, shape) for operator, shape in zip(operators, shapes, strict=True)
-    ]
+    sides = [_power.full_side(op, W.shape) for op, W in zip(operators, weights, strict=True)]
     wide = [min(max(block_size, _WARM_BLOCK), side) for side in sides]
-    us = [
-        _power.start(operator, shape, block)
-        for operator, shape, block in zip(operators, shapes, wide, strict=True)
-    ]
-    n_batch = [
-        len(operator.batch(shape)) for operator, shape in zip(operators, shapes, strict=True)
-    ]
+    groups, grouped, members = _grouped(operators, weights, wide)
+    us = []
+    for group, operator, W in zip(groups, grouped, members, strict=True):
+        us.append(_place(operator, W, _power.start(operator, W.shape, wide[group[0]])))
+    n_batch = [len(operator.batch(W.shape)) for operator, W in zip(grouped, members, strict=True)]
     us = _power.orthonormal(us, us, n_batch, together)
-    if warmup:
-        us = track(operators, weights, us, warmup)[1]
-    return [
-        jax.lax.slice_in_dim(u, 0, min(block_size, side), axis=n)
-        for u, side, n in zip(us, sides, n_batch, strict=True)
-    ]
+    us = _power.settle(grouped, members, us, warmup, together)
+    new: list[Any] = [None] * len(weights)
+    for group, u, n in zip(groups, us, n_batch, strict=True):
+        best = lax.slice_in_dim(u, 0, min(block_size, sides[group[0]]), axis=n)
+        for at, i in enumerate(group):
+            new[i] = best[at]
+    return new
 
 
 _WARM_BLOCK = 16

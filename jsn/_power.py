@@ -69,7 +69,7 @@ def _mix(coefficients: Float[Array, "*batch rows block"], x: Block) -> Block:
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
-def _over(values: Sigma, x: Array) -> Array:
+def _over(values: Array, x: Array) -> Array:
     """Broadcasts one value for each batch entry over the trailing axes of x."""
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
@@ -156,7 +156,8 @@ def candidates(
         block = vectors.shape[-1]
         n_ritz, n_residual, n_previous = thirds(block)
         # A Ritz vector's part outside the last Ritz vectors: where it came from.
-        previous = vectors[..., :n_previous, :] * (jnp.arange(block) >= n_ritz)
+        previous = vectors[..., :n_previous, :]
+        previous = previous * jnp.broadcast_to(jnp.arange(block) >= n_ritz, previous.shape)
         leading = vectors[..., :n_residual, :]
         on_u = [vectors[..., :n_ritz, :], -values[..., :n_residual, None] * leading, previous]
         on_z = to_z[..., :n_residual, :]
@@ -170,29 +171,27 @@ def orthonormalizer(gram: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
     block = gram.shape[-1]
     scale = 1 / jnp.sqrt(_safe(jnp.diagonal(gram, axis1=-2, axis2=-1)))
     gram = gram * scale[..., :, None] * scale[..., None, :]
-    eye = jnp.eye(block, dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=gram.dtype), gram.shape)
     factor = lax.linalg.cholesky(gram + block * 2.0**-22 * eye, symmetrize_input=False)
     right = scale[..., None, :] * eye
     return lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
 
 
-def orthonormalize(x: Block, T: Float[Array, "*batch b b"], u: Block) -> Block:
-    """Phase 5, T x; the block `u` from before wherever T is not finite (a NaN in W or x)."""
-    finite = jnp.isfinite(T).all(axis=(-2, -1))
-    return jnp.where(_over(finite, x), _mix(T, x), u)
-
-
 # --- one weight -------------------------------------------------------------------------------
 
 
+def with_derivative(operator: Operator, W: Weight, pair: Pair) -> Sigma:
+    """The sigma of a pair, with the derivative d sigma = u^T dA v and no further read of W."""
+    return _attach(operator, pair.sigma, W, pair.u, pair.v)  # pyright: ignore[reportCallIssue]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(operator: Operator, sigma: Sigma, W: Weight, u: Array, v: Array) -> Sigma:
-    """sigma, with the derivative d sigma = u^T dA v and no further read of W."""
+def _attach(operator: Operator, sigma: Sigma, W: Weight, u: Array, v: Array) -> Sigma:
     del operator, W, u, v
     return sigma
 
 
-@with_derivative.defjvp
+@_attach.defjvp
 def _(operator, primals, tangents):
     sigma, W, u, v = primals
     dW = tangents[1]
@@ -238,13 +237,18 @@ def each(phase: Callable, matrices: Sequence[Array]) -> list:
 def orthonormal(
     blocks: Sequence[Block], last: Sequence[Block], n_batch: Sequence[int], small: Small
 ) -> list[Block]:
-    """Makes the rows of blocks orthonormal; the second pass repairs the rounding of the first."""
+    """Phase 5, rows made orthonormal; the second pass repairs the rounding of the first.
+
+    Where a block is not finite (a NaN in W), the block from before is kept.
+    """
     for _ in range(2):
-        changes = small(
-            orthonormalizer, [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)]
-        )
-        blocks = [orthonormalize(x, T, u) for x, T, u in zip(blocks, changes, last, strict=True)]
-    return [x.astype(jnp.float32) for x in blocks]
+        grams = [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)]
+        changes = small(orthonormalizer, grams)
+        blocks = [_mix(T, x) for T, x in zip(changes, blocks, strict=True)]
+    return [
+        jnp.where(_over(jnp.isfinite(T).all(axis=(-2, -1)), x), x, u).astype(jnp.float32)
+        for T, x, u in zip(changes, blocks, last, strict=True)
+    ]
 
 
 def step(
@@ -262,38 +266,36 @@ def step(
     return pairs, orthonormal(spans, us, n_batch, small)
 
 
-def iterate(
+def settle(
     operators: Sequence[Operator],
     weights: Sequence[Weight],
     us: Sequence[Block],
     n_steps: int,
     small: Small = each,
-) -> tuple[list[Sigma], list[Block]]:
-    """Runs power steps on several weights: sigmas, with their derivatives, and blocks.
+) -> list[Block]:
+    """Runs power steps on several weights, for their blocks alone."""
+    if n_steps == 0:
+        return list(us)
+    return lax.fori_loop(0, n_steps, lambda _, us: step(operators, weights, us, small)[1], list(us))
+
+
+def advance(
+    operators: Sequence[Operator],
+    weights: Sequence[Weight],
+    us: Sequence[Block],
+    n_steps: int,
+    small: Small = each,
+) -> tuple[list[Pair], list[Block]]:
+    """Runs power steps on several weights: their pairs, without derivatives, and blocks.
 
     With `n_steps=0` the blocks come back as they are, and sigma costs one read.
     """
-    raw = [lax.stop_gradient(W) for W in weights]
-    last = [lax.stop_gradient(u) for u in us]
-    us = [usable(u) for u in last]
+    clean = [usable(u) for u in us]
     if n_steps == 0:
-        pairs = [stored_pair(*weight) for weight in zip(operators, raw, us, strict=True)]
-        us = last
-    elif n_steps == 1:
-        pairs, us = step(operators, raw, us, small)
-    else:
-        empty = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: step(operators, raw, us, small)[0]),
-        )
-        pairs, us = lax.fori_loop(
-            0, n_steps, lambda _, carry: step(operators, raw, carry[1], small), (empty, us)
-        )
-    sigmas = [
-        with_derivative(operator, sigma, W, u, v)  # pyright: ignore[reportCallIssue]
-        for operator, W, (sigma, u, v) in zip(operators, weights, pairs, strict=True)
-    ]
-    return sigmas, list(us)
+        pairs = [stored_pair(*weight) for weight in zip(operators, weights, clean, strict=True)]
+        return pairs, list(us)
+    clean = settle(operators, weights, clean, n_steps - 1, small)
+    return step(operators, weights, clean, small)
 
 
 def power_iterate(
@@ -345,8 +347,9 @@ def power_iterate(
     check_weights([Leaf("", W, operator)], call)
     single = check_block(call, operator, W.shape, u)
     block = jnp.expand_dims(u, len(operator.batch(W.shape))) if single else u
-    (sigma,), (block,) = iterate([operator], [W], [block.astype(jnp.float32)], n_steps)
-    return sigma, block.reshape(u.shape).astype(u.dtype)
+    raw, block = lax.stop_gradient((W, block.astype(jnp.float32)))
+    (found,), (block,) = advance([operator], [raw], [block], n_steps)
+    return with_derivative(operator, W, found), block.reshape(u.shape).astype(u.dtype)
 
 
 def check_count(call: str, name: str, value: int, least: int) -> int:
