@@ -11,7 +11,10 @@ divide by it, and never touch the raw weight.
 inside a Flax module.
 """
 
+from jsn import interop as interop
 from jsn import linen as linen
+from jsn import nnx as nnx
+from jsn._audit import audit as audit
 from jsn._conv import Conv as Conv
 from jsn._normalize import fold as fold
 from jsn._normalize import init as init
@@ -19,6 +22,8 @@ from jsn._normalize import normalize as normalize
 from jsn._normalize import sigmas as sigmas
 from jsn._operator import Matrix as Matrix
 from jsn._power import power_iterate as power_iterate
+from jsn._robust import certified_accuracy as certified_accuracy
+from jsn._robust import certified_radius as certified_radius
 from jsn._rules import FLAX as FLAX
 from jsn._rules import TORCH as TORCH
 from jsn._types import SNState as SNState

@@ -47,7 +47,7 @@ def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[
     """
     if value is None:
         return [None] * len(leaves)
-    values = _broadcast(call, name, value, params)
+    values = broadcast(call, name, value, params)
     problems = [
         (leaf.path, what)
         for leaf, x in zip(leaves, values, strict=True)
@@ -60,7 +60,12 @@ def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[
     return values
 
 
-def _broadcast(call: str, name: str, prefix: PyTree, params: PyTree) -> list[Any]:
+def broadcast(call: str, name: str, prefix: PyTree, params: PyTree) -> list[Any]:
+    """Gives each leaf of a tree the value that a prefix of the tree has for it.
+
+    Raises:
+        ValueError: If it is no prefix.
+    """
     if jax.tree.structure(prefix) == jax.tree.structure(0):
         return [prefix] * len(flatten(params)[0])
     values: list[Any] = []
@@ -82,7 +87,7 @@ def _problem(name: str, value: Any, leaf: Leaf) -> str | None:
         return None if name == "scale" else "found None"
     shape = np.shape(value)
     batch = leaf.operator.batch(leaf.value.shape)  # type: ignore
-    dtype = getattr(value, "dtype", np.asarray(value).dtype)
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real:
         return f"found {value!r} of dtype {dtype}"

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ from jax import lax
 from jaxtyping import Array
 
 from jsn import _errors
+from jsn._conv_axis import Axis, Pads, extend, fold
+from jsn._operator import Matrix
 from jsn._types import Block, Sigma, Weight
 
-Pads = tuple[tuple[int, int], ...]
 _FORWARD = ("SAME", "VALID", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
 _TRANSPOSED = ("SAME", "VALID", "CIRCULAR")
-_WRAPS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,11 @@ class Conv:
         """The shape of one kernel, without batch axes."""
         return tuple(n for axis, n in enumerate(shape) if axis not in self._batch)
 
-    def _axes(self, window: Sequence[int]) -> list[_Axis]:
+    def _axes(self, window: Sequence[int]) -> list[Axis]:
         rank = len(self.input_shape) - 1
         pads = (self.padding,) * rank if isinstance(self.padding, str) else self.padding
         given = (self.input_shape, window, self.strides, self.kernel_dilation, pads)
-        return [_axis(*each, self.transpose) for each in zip(*given)]  # type: ignore  # noqa: B905
+        return [Axis.of(*each, self.transpose) for each in zip(*given)]  # type: ignore  # noqa: B905
 
     def batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Sizes of the batch axes."""
@@ -161,6 +161,23 @@ class Conv:
         object.__setattr__(lifted, "_batch", tuple(batch))
         return lifted
 
+    def simplest(self, shape: tuple[int, ...]) -> Conv | Matrix:
+        """The same norm as cheaply as it comes: a matrix where no two windows overlap.
+
+        So it is for 1 x 1 kernels and for patches (stride at least the window): the convolution
+        is then one and the same matrix at each place.
+        """
+        apart = all(axis.disjoint for axis in self._axes(self._kernel(shape)[:-2]))
+        if not apart or self.feature_group_count > 1 or self._batch:
+            return self
+        return Matrix(in_axis=-2, out_axis=None) if self.transpose else Matrix()
+
+    def contains(self, other: Conv, shape: tuple[int, ...]) -> bool:
+        """Whether its norm is certainly at least that of `other`, which differs in input size."""
+        window = self._kernel(shape)[:-2]
+        pairs = zip(self._axes(window), other._axes(window), strict=True)
+        return all(mine.size >= its.size and mine.contains(its) for mine, its in pairs)
+
     # --- products -------------------------------------------------------------------------------
 
     def matvec(self, W: Weight, v: Block) -> Block:
@@ -168,9 +185,9 @@ class Conv:
         axes = self._axes(self._kernel(W.shape)[:-2])
 
         def one(K: Array, x: Array) -> Array:
-            x = _extend(x, axes, self.padding)
+            x = extend(x, axes)
             y = self._conv(x, K, [axis.pads for axis in axes])
-            return _fold(y, axes)
+            return fold(y, axes)
 
         return self._each(one, W, v)
 
@@ -181,10 +198,10 @@ class Conv:
 
         def one(K: Array, y: Array) -> Array:
             shape = (len(y), *(axis.conv for axis in axes), channels)
-            y = _transposed(lambda y: _fold(y, axes), shape, y)
+            y = _transposed(lambda y: fold(y, axes), shape, y)
             x = self._conv(y, self._swapped(K), [axis.back for axis in axes], swap=True)
             shape = (len(y), *self.input_shape)
-            return _transposed(lambda x: _extend(x, axes, self.padding), shape, x)
+            return _transposed(lambda x: extend(x, axes), shape, x)
 
         return self._each(one, W, u)
 
@@ -222,80 +239,14 @@ class Conv:
     def _swapped(self, K: Array) -> Array:
         """The kernel of the transpose: window reversed, input and output channels swapped.
 
-        This is what `jax.linear_transpose` of the convolution does, and as fast, except inside
-        a loop: there XLA:CPU misses its fast path unless the kernel is laid out first (the
-        barrier), 130 ms against 23 ms for eight 3 x 3 kernels of 64 channels.
+        Laid out here, and not left to `jax.linear_transpose` of the convolution: that is as fast
+        by itself, but inside a loop, such as the warm-up, XLA:CPU misses its fast path for it
+        (a step of a 3 x 3 kernel of 64 channels on 32 x 32: 145 ms against 49 ms).
         """
         *window, ins, outs = K.shape
         groups = self.feature_group_count
         K = lax.rev(K, tuple(range(len(window)))).reshape(*window, ins, groups, outs // groups)
-        K = jnp.swapaxes(K, -1, -3).reshape(*window, outs // groups, groups * ins)
-        return lax.optimization_barrier(K)
-
-
-# --- one spatial axis ----------------------------------------------------------------------------
-
-
-class _Axis(NamedTuple):
-    """How a layer treats one spatial axis: `fold(conv(extend(x)))`."""
-
-    around: tuple[int, int]
-    """Entries repeated on both sides of the input: circular and reflected padding."""
-    pads: tuple[int, int]
-    """Zeros on both sides of the, possibly dilated, input of the convolution."""
-    back: tuple[int, int]
-    """Zeros on both sides of its, possibly dilated, output, in the transpose."""
-    conv: int
-    """Size that the convolution gives."""
-    out: int
-    """Size that the layer gives: less where a circular transposed one is folded."""
-
-
-def _axis(n: int, k: int, stride: int, dilation: int, padding: Any, transpose: bool) -> _Axis:
-    reach = (k - 1) * dilation + 1
-    around, pads = (0, 0), padding
-    if transpose and isinstance(padding, str):
-        pads = _upsampling(reach, stride, padding)
-    elif padding in _WRAPS:
-        around, pads = ((reach - 1) // 2, reach // 2), (0, 0)
-    elif padding == "CAUSAL":
-        pads = (reach - 1, 0)
-    elif isinstance(padding, str):
-        ((low, high),) = lax.padtype_to_pads((n,), (reach,), (stride,), padding)
-        pads = (int(low), int(high))
-    up, down = (stride, 1) if transpose else (1, stride)
-    size = (n + sum(around) - 1) * up + 1
-    conv = (size + sum(pads) - reach) // down + 1
-    before = reach - 1 - pads[0]
-    back = (before, size + reach - 2 - (conv - 1) * down - before)
-    return _Axis(around, pads, back, conv, n * up if padding == "CIRCULAR" and transpose else conv)
-
-
-def _upsampling(reach: int, stride: int, padding: str) -> tuple[int, int]:
-    """How `lax.conv_transpose` pads the dilated input; Flax folds "CIRCULAR" out of "VALID"."""
-    total, low = reach + stride - 2 + max(reach - stride, 0), reach - 1
-    if padding == "SAME":
-        total = reach + stride - 2
-        low = reach - 1 if stride > reach - 1 else -(-total // 2)
-    return low, total - low
-
-
-def _extend(x: Array, axes: Sequence[_Axis], padding: Any) -> Array:
-    """The input, continued on both sides where the padding is circular or reflected."""
-    if not any(sum(axis.around) for axis in axes):
-        return x
-    return jnp.pad(x, ((0, 0), *(axis.around for axis in axes), (0, 0)), mode=_WRAPS[padding])
-
-
-def _fold(y: Array, axes: Sequence[_Axis]) -> Array:
-    """The output of a circular transposed convolution, summed over its periods as Flax does."""
-    if all(axis.conv == axis.out for axis in axes):
-        return y
-    extra = [-(axis.conv - axis.out) % (2 * axis.out) for axis in axes]
-    y = jnp.pad(y, ((0, 0), *((-(-n // 2), n // 2) for n in extra), (0, 0)))
-    for i, axis in enumerate(axes, 1):
-        y = y.reshape(*y.shape[:i], -1, axis.out, *y.shape[i + 1 :]).sum(i)
-    return y
+        return jnp.swapaxes(K, -1, -3).reshape(*window, outs // groups, groups * ins)
 
 
 def _transposed(fn: Callable[[Array], Array], shape: tuple[int, ...], y: Array) -> Array:

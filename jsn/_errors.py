@@ -214,7 +214,8 @@ def missing_package(call: str, package: str, what: str) -> str:
 
 def bad_entries(call: str, problems: Sequence[Problem], fix: str) -> str:
     """Entries of a foreign checkpoint that cannot be used as what they claim to be."""
-    return f"{call}: {_count(len(problems), 'entry', 'entries')} cannot be used:\n{_rows(problems)}\n{fix}"
+    count = _count(len(problems), "entry", "entries")
+    return f"{call}: {count} cannot be used:\n{_rows(problems)}\n{fix}"
 
 
 def nothing_imported(call: str, expected: str, keys: Sequence[str], fix: str) -> str:
@@ -248,4 +249,176 @@ def bad_conv(found: str) -> str:
         "what the layer takes: 'SAME', 'VALID', 'CIRCULAR', and for flax.linen.Conv also "
         "'SAME_LOWER', 'REFLECT' and (with one spatial axis) 'CAUSAL', a number, or a number or "
         "(low, high) for each spatial axis."
+    )
+
+
+def not_nnx(found: str) -> str:
+    """Something other than an nnx module was wrapped."""
+    return (
+        f"jsn.nnx.spectral_norm: expected a flax.nnx.Module, found {found}. "
+        "Wrap an instance: jsn.nnx.spectral_norm(nnx.Linear(8, 4, rngs=rngs)). "
+        "For a linen class use jsn.linen.spectral_norm, for a tree of parameters jsn.init."
+    )
+
+
+def nnx_wrapped_twice() -> str:
+    """A wrapper was wrapped."""
+    return (
+        "jsn.nnx.spectral_norm: the module is wrapped already. Expected a plain module: set the "
+        "wrapper's own attributes (bound, soft, n_steps), or wrap wrapper.module."
+    )
+
+
+def no_nnx_wrapper(call: str, found: str) -> str:
+    """A module without a wrapper was to be normalized or folded."""
+    return (
+        f"{call}: found no wrapper in this {found}. Expected what jsn.nnx.spectral_norm returned, "
+        "or a module that contains it."
+    )
+
+
+def nnx_other_trace() -> str:
+    """A note on the error that nnx raises where a Variable of an outer trace is written."""
+    return (
+        "jsn.nnx: in training mode a wrapper stores its next state, which it cannot do from "
+        "inside another trace than its own. Pass the module as an argument through nnx.jit, "
+        "nnx.grad, nnx.vmap, ... instead of closing over it, or call .eval() on it first."
+    )
+
+
+# --- certificates and audit -------------------------------------------------------------------
+
+
+def bad_logits(found: str) -> str:
+    """Logits that cannot be compared."""
+    return (
+        f"jsn.certified_radius: logits have {found}. "
+        "Expected real numbers of shape (..., classes), with at least two classes."
+    )
+
+
+def bad_lipschitz(found: str) -> str:
+    """A Lipschitz bound that cannot be one."""
+    return (
+        f"jsn.certified_radius: bound is {found}. Expected numbers of at least 0, such as "
+        "jsn.lipschitz_bound returns: one, or one for each example."
+    )
+
+
+def bad_labels(found: str, expected: str) -> str:
+    """Labels that do not go with the logits."""
+    return f"jsn.certified_accuracy: labels have {found}, expected {expected}."
+
+
+def bad_radii(found: str) -> str:
+    """Radii that are none."""
+    return f"jsn.certified_accuracy: radii are {found}, expected numbers of at least 0."
+
+
+def missing_extra(call: str, package: str, what: str) -> str:
+    """A package of an extra is needed and not installed."""
+    return (
+        f"{call}: {what} needs {package}, which is not installed: pip install {package}, or "
+        "everything that audits can use: pip install 'jsn[audit]'."
+    )
+
+
+def pickled_checkpoint() -> str:
+    """A file that only pickle could read: jsn never does."""
+    return (
+        "is a pickle, which can run code when it is opened, so jsn does not open it: convert it "
+        "to safetensors with safetensors.torch.save_file(torch.load(path, weights_only=True), ...)"
+    )
+
+
+def unknown_checkpoint() -> str:
+    """A file of no known format."""
+    return (
+        "is in no format that jsn reads: expected .safetensors, .npz, Flax's .msgpack, or the "
+        "directory of an Orbax checkpoint"
+    )
+
+
+def bad_view(text: str, found: str) -> str:
+    """A rule of the command line that says nothing."""
+    return (
+        f"--rules {text!r}: {found}. Expected PATTERN=VIEW with VIEW one of none, flax, torch, "
+        "AXES such as in:0,out:1+2,batch:-, or conv:32x32x3,strides:2,padding:SAME"
+    )
+
+
+# --- bounds -----------------------------------------------------------------------------------
+
+
+def bad_arithmetic(what: str) -> str:
+    """A processor mode under which nothing is proven."""
+    return (
+        f"jsn.upper_bound: on this thread, {what}, so no bound can be proven. "
+        "Expected the IEEE default. A library built with -ffast-math sets that mode when it is "
+        "loaded: find it by importing fewer libraries, or run this in a process of its own."
+    )
+
+
+def too_long(n: int, unit: float) -> str:
+    """More roundings than an error bound can cover."""
+    return (
+        f"jsn.upper_bound: an inner product of {n} terms with unit roundoff {unit:.1g} has no "
+        'error bound. Use method="cholesky", which computes in float64.'
+    )
+
+
+def not_finite(call: str, wrong: int, total: int, first: tuple, value: str) -> str:
+    """A weight with NaN or infinite entries has no bound."""
+    return (
+        f"{call}: {wrong} of {_count(total, 'entry', 'entries')} not finite, the first at {first}: "
+        f"{value}. Expected finite numbers: repair the weight, or restore an earlier checkpoint."
+    )
+
+
+def not_addressable(call: str) -> str:
+    """A weight of which this process holds a part only."""
+    return (
+        f"{call}: this process can read only a part of the weight, whose shards lie on devices of "
+        "other processes. Gather it first (jax.experimental.multihost_utils.process_allgather), "
+        'or use method="gram" inside jit.'
+    )
+
+
+def no_bound_for(call: str, operator: str) -> str:
+    """An operator of a kind that no proof is known for."""
+    return (
+        f"{call}: no bound is known for the operator {operator}. Expected jsn.Matrix or jsn.Conv."
+    )
+
+
+def bad_method(call: str, method: str, operator: str, known: Sequence[str]) -> str:
+    """A method that does not exist for this operator."""
+    return (
+        f"{call}: method is {method!r}, operator {operator}. "
+        f"Expected one of {', '.join(map(repr, known))}."
+    )
+
+
+def traced_bound(call: str, method: str) -> str:
+    """A proof that runs on the host was asked for under a JAX transformation."""
+    return (
+        f"{call}: W is traced (jit, grad, vmap or scan) and method {method!r} runs on the host. "
+        'Call it outside the transformation, or use method="gram".'
+    )
+
+
+def too_wide(call: str, method: str, dtype: str) -> str:
+    """A dtype with more digits than the proof computes with."""
+    return (
+        f"{call}: dtype {dtype} has more digits than method {method!r} computes with. "
+        'Use method="cholesky" for float64 (or enable x64), and cast what is wider.'
+    )
+
+
+def gram_on_tpu() -> str:
+    """A device whose products have no error bound of the classical kind."""
+    return (
+        'jsn.upper_bound: method="gram" is not proven on a TPU, whose float32 products are sums '
+        'of bfloat16 ones. Use method="cholesky", or run it on the CPU: '
+        'jax.default_device(jax.devices("cpu")[0]).'
     )

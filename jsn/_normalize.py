@@ -22,7 +22,7 @@ from jsn._rules import FLAX, Leaf, Rules, assign, check_dtypes, flatten
 from jsn._types import Block, Operator, PyTree, SNState
 
 
-def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 16, warmup: int = 15) -> SNState:
+def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 24, warmup: int = 15) -> SNState:
     """Makes the state of spectral normalization for a tree of parameters.
 
     Deterministic: it needs no PRNG key. The state is warmed up, so that sigma is true to about

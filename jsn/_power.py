@@ -5,15 +5,16 @@ derivative, and the next block. Must not know about trees, rules or constraints.
 
 One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
 
-    v = A^T u,  z = A v                      the two reads of W
+    v = A^T u                                the first read of W, with the whole block
     G = v v^T = u M u^T,  G = Q diag(w) Q^T  Rayleigh-Ritz on the span of u
-    sigma = |A v1| / |v1|,  v1 = Q[:, 0]^T v one half step beyond the best Ritz vector
+    v = (leading columns of Q)^T v,  z = A v the second read, with the leading third
+    sigma = |z1| / |v1|                      one half step beyond the best Ritz vector
     u <- orthonormal rows of [ Ritz vectors | their residuals M q - w q | previous directions ]
 
 The next block is that of LOBPCG without a preconditioner, in thirds. Where the block spans a
 whole side of the matrix, and for a block of one vector, it is z itself: subspace iteration,
-which for one vector is the iteration of Miyato et al. The step is written in five phases, so
-that `_plan` can run the small ones (`ritz`, `orthonormalizer`) for all weights at once.
+which for one vector is the iteration of Miyato et al. The step is written in phases, so that
+`_plan` can run the small ones (`ritz`, `orthonormalizer`) for all weights at once.
 """
 
 from __future__ import annotations
@@ -45,12 +46,11 @@ class Pair(NamedTuple):
     v: Float[Array, "*batch_domain"]
 
 
-class Reads(NamedTuple):
-    """What the two reads of a weight give: `v` scaled by a power of two, `z = A v`, their Gram."""
+class First(NamedTuple):
+    """What the first read gives: `v = A^T u`, scaled by a power of two, and its Gram matrix."""
 
     scale: Sigma
     v: Block
-    z: Block
     gram: Float[Array, "*batch block block"]
 
 
@@ -99,16 +99,15 @@ def probe(shape: tuple[int, ...], n_batch: int) -> Block:
 # --- the five phases of a step ---------------------------------------------------------------
 
 
-def read(operator: Operator, W: Weight, u: Block) -> Reads:
-    """Phase 1, the two reads of W. `v` is rescaled in between, so no scale of W overflows."""
+def read(operator: Operator, W: Weight, u: Block) -> First:
+    """Phase 1, the first read of W. `v` is rescaled, so that no scale of W overflows later."""
     n_batch = len(operator.batch(W.shape))
     v = operator.rmatvec(W, u)
     peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
     scale = lax.reduce_precision(peak, exponent_bits=8, mantissa_bits=0)  # a power of two
     scale = _safe(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny) * (peak > 0))
     v = v * _over(1 / scale, v)
-    z = operator.matvec(W, v)
-    return Reads(scale, v, z, _gram(v, n_batch))
+    return First(scale, v, _gram(v, n_batch))
 
 
 def ritz(gram: Float[Array, "*n b b"]) -> tuple[Float[Array, "*n b"], Float[Array, "*n b b"]]:
@@ -134,40 +133,46 @@ def is_subspace(operator: Operator, shape: tuple[int, ...], block: int) -> bool:
     return block == 1 or block >= full_side(operator, shape)
 
 
-def pair(reads: Reads, vectors: Float[Array, "*batch b b"]) -> Pair:
-    """Phase 3a, sigma from the best Ritz vector: |A v| / |v|, never above the truth."""
-    n_batch = vectors.ndim - 2
-    v, z = (_mix(vectors[..., :1, :], x).squeeze(n_batch) for x in (reads.v, reads.z))
-    z = z * _over(1 / reads.scale, z)
-    v_norm, z_norm = _norm(v, n_batch), _norm(z, n_batch)
-    sigma = reads.scale * (z_norm / _safe(v_norm))
-    return Pair(sigma, z / _over(_safe(z_norm), z), v / _over(_safe(v_norm), v))
+def second_read(
+    operator: Operator, W: Weight, first: First, vectors: Float[Array, "*batch b b"]
+) -> tuple[Pair, Block]:
+    """Phase 3, the second read of W: the pair, and `z = A v / scale` of the leading `v`.
+
+    Only the Ritz vectors whose residuals are wanted are read with: about a third of the block.
+    sigma is |A v| / |v| of the best of them, never above the truth.
+    """
+    n_batch, block = vectors.ndim - 2, vectors.shape[-1]
+    n_leading = block if is_subspace(operator, W.shape, block) else thirds(block)[1]
+    v = _mix(lax.slice_in_dim(vectors, 0, n_leading, axis=n_batch), first.v)
+    z = operator.matvec(W, v)
+    z = z * _over(1 / first.scale, z)
+    best_v, best_z = (lax.index_in_dim(x, 0, n_batch, keepdims=False) for x in (v, z))
+    v_norm, z_norm = _norm(best_v, n_batch), _norm(best_z, n_batch)
+    sigma = first.scale * (z_norm / _safe(v_norm))
+    unit_u, unit_v = best_z / _over(_safe(z_norm), best_z), best_v / _over(_safe(v_norm), best_v)
+    return Pair(sigma, unit_u, unit_v), z
 
 
 def candidates(
-    reads: Reads, u: Block, values: Float[Array, "*batch b"], vectors: Array, subspace: bool
+    z: Block, u: Block, values: Float[Array, "*batch b"], vectors: Float[Array, "*batch b b"]
 ) -> Block:
-    """Phase 3b, the vectors that span the next block, not yet orthonormal."""
-    n_batch = vectors.ndim - 2
-    to_z = _over(1 / reads.scale, vectors) * vectors
-    if subspace:
-        x = _mix(to_z, reads.z)
-    else:
-        block = vectors.shape[-1]
+    """Phase 4, the vectors that span the next block, not yet orthonormal."""
+    n_batch, block = vectors.ndim - 2, vectors.shape[-1]
+    x = z
+    if z.shape[n_batch] < block:
         n_ritz, n_residual, n_previous = thirds(block)
+        leading = -values[..., :n_residual, None] * vectors[..., :n_residual, :]
         # A Ritz vector's part outside the last Ritz vectors: where it came from.
         previous = vectors[..., :n_previous, :]
         previous = previous * jnp.broadcast_to(jnp.arange(block) >= n_ritz, previous.shape)
-        leading = vectors[..., :n_residual, :]
-        on_u = [vectors[..., :n_ritz, :], -values[..., :n_residual, None] * leading, previous]
-        on_z = to_z[..., :n_residual, :]
-        pad = [(0, 0)] * n_batch + [(n_ritz, n_previous), (0, 0)]
-        x = _mix(jnp.concatenate(on_u, axis=-2), u) + _mix(jnp.pad(on_z, pad), reads.z)
+        rows = [vectors[..., :n_ritz, :], leading, previous]
+        pad = [(0, 0)] * n_batch + [(n_ritz, n_previous)] + [(0, 0)] * (u.ndim - n_batch - 1)
+        x = _mix(jnp.concatenate(rows, axis=-2), u) + jnp.pad(z, pad)
     return x + _NOISE * probe(x.shape, n_batch)
 
 
 def orthonormalizer(gram: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
-    """Phase 4, the T for which T x has orthonormal rows, from the Gram matrix of x (Cholesky)."""
+    """Phase 5, the T for which T x has orthonormal rows, from the Gram matrix of x (Cholesky)."""
     block = gram.shape[-1]
     scale = 1 / jnp.sqrt(_safe(jnp.diagonal(gram, axis1=-2, axis2=-1)))
     gram = gram * scale[..., :, None] * scale[..., None, :]
@@ -237,7 +242,7 @@ def each(phase: Callable, matrices: Sequence[Array]) -> list:
 def orthonormal(
     blocks: Sequence[Block], last: Sequence[Block], n_batch: Sequence[int], small: Small
 ) -> list[Block]:
-    """Phase 5, rows made orthonormal; the second pass repairs the rounding of the first.
+    """Phase 5: makes rows orthonormal; the second pass repairs the rounding of the first.
 
     Where a block is not finite (a NaN in W), the block from before is kept.
     """
@@ -255,15 +260,16 @@ def step(
     operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], small: Small
 ) -> tuple[list[Pair], list[Block]]:
     """One step for several weights: their pairs and their next blocks."""
-    reads = [read(operator, W, u) for operator, W, u in zip(operators, weights, us, strict=True)]
-    bases = small(ritz, [r.gram for r in reads])
-    pairs = [pair(r, vectors) for r, (_, vectors) in zip(reads, bases, strict=True)]
-    spans = [
-        candidates(r, u, *basis, subspace=is_subspace(operator, W.shape, basis[0].shape[-1]))
-        for operator, W, u, r, basis in zip(operators, weights, us, reads, bases, strict=True)
+    tracked = list(zip(operators, weights, us, strict=True))
+    firsts = [read(operator, W, u) for operator, W, u in tracked]
+    bases = small(ritz, [first.gram for first in firsts])
+    found = [
+        second_read(operator, W, first, vectors)
+        for (operator, W, _), first, (_, vectors) in zip(tracked, firsts, bases, strict=True)
     ]
-    n_batch = [len(operator.batch(W.shape)) for operator, W in zip(operators, weights, strict=True)]
-    return pairs, orthonormal(spans, us, n_batch, small)
+    spans = [candidates(z, u, *basis) for (_, z), u, basis in zip(found, us, bases, strict=True)]
+    n_batch = [len(operator.batch(W.shape)) for operator, W, _ in tracked]
+    return [pair for pair, _ in found], orthonormal(spans, us, n_batch, small)
 
 
 def settle(
@@ -347,7 +353,9 @@ def power_iterate(
     check_weights([Leaf("", W, operator)], call)
     single = check_block(call, operator, W.shape, u)
     block = jnp.expand_dims(u, len(operator.batch(W.shape))) if single else u
-    raw, block = lax.stop_gradient((W, block.astype(jnp.float32)))
+    raw, block = lax.stop_gradient((W, jnp.asarray(block, jnp.float32)))
+    if n_steps:  # a caller's own vectors may have any lengths and angles
+        (block,) = orthonormal([block], [block], [len(operator.batch(W.shape))], each)
     (found,), (block,) = advance([operator], [raw], [block], n_steps)
     return with_derivative(operator, W, found), block.reshape(u.shape).astype(u.dtype)
 

@@ -7,9 +7,10 @@ order, each with its path and its operator or None. Must not know what an operat
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,3 +175,43 @@ def check_weights(leaves: Sequence[Leaf], call: str) -> None:
             wrong.append((leaf.path, f"shape {shape}, rule {leaf.operator}: {what}"))
     if wrong:
         raise ValueError(_errors.cannot_view(call, wrong, len(leaves)))
+
+
+# --- what a model says about its own parameters ------------------------------------------------
+
+
+class Observed(NamedTuple):
+    """A parameter as its own layer sees it: one layer's shape, and its axes where it says so."""
+
+    shape: tuple[int, ...]
+    operator: Operator | None
+    lifted: tuple[int, ...] | None = None
+    """The axes that lifting has added, where the model tells them; else they are guessed."""
+
+
+def refined(params: PyTree, observed: Mapping[str, Observed]) -> Rules:
+    """FLAX, with the operators of one model: axes where layers tell them, lifted batch axes."""
+    exact = []
+    for leaf in flatten(params)[0]:
+        found = next((op for pattern, op in FLAX if re.search(pattern, leaf.path)), None)
+        seen = observed.get(leaf.path)
+        if found is None or seen is None or leaf.value is None:
+            continue
+        operator = seen.operator or found
+        if len(seen.shape) < 2:
+            continue  # told by init, with the rule that asked for it
+        shape = np.shape(leaf.value)
+        lifted = seen.lifted
+        if lifted is None:
+            lifted = next(iter(lifted_axes(shape, seen.shape)), ())
+        exact.append((f"^{re.escape(leaf.path)}$", operator.lifted(lifted, len(shape))))
+    return (*exact, *FLAX)
+
+
+def lifted_axes(outer: tuple[int, ...], inner: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The axes that lifting (nn.scan, nn.vmap, nnx.vmap) may have added: all that fit."""
+    return [
+        axes
+        for axes in itertools.combinations(range(len(outer)), max(0, len(outer) - len(inner)))
+        if tuple(n for axis, n in enumerate(outer) if axis not in axes) == inner
+    ]

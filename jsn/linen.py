@@ -11,8 +11,6 @@ import contextlib
 import contextvars
 import functools
 import inspect
-import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ from flax.core.scope import DenyList, Scope
 from jsn import _errors, _normalize
 from jsn._operator import Matrix
 from jsn._power import check_count
-from jsn._rules import FLAX, Rules, flatten
+from jsn._rules import FLAX, Observed, Rules, flatten, refined
 from jsn._types import PyTree, SNState
 
 COLLECTION = "sn_state"
@@ -46,7 +44,7 @@ def spectral_norm(
     target: Any = None,
     *,
     rules: Rules = FLAX,
-    block_size: int = 16,
+    block_size: int = 24,
     warmup: int = 15,
     n_steps: int = 1,
     bound: Any = 1.0,
@@ -225,7 +223,7 @@ def _call(
     creating = making or _creating.get()
     params, states, rest = (tuple(map(unfreeze, group)) for group in groups)
     made: Any = tuple({} for _ in roots)
-    observed: dict[str, _Observed] = {}
+    observed: dict[str, Observed] = {}
     if creating:
         with nn.intercept_methods(functools.partial(_observe, observed)):
             fn(scopes, *args, **kwargs)
@@ -281,7 +279,7 @@ def _create(
     old: SNState | None,
     settings: _Settings,
     path: tuple[str, ...],
-    observed: Mapping[str, _Observed],
+    observed: Mapping[str, Observed],
 ) -> SNState | None:
     """The state of a scope at init; made anew where another method has added parameters."""
     leaves = [leaf.path for leaf in flatten(raw)[0]]
@@ -290,22 +288,15 @@ def _create(
     rules = settings.rules
     if rules is FLAX:
         prefix = "".join(f"{name}/" for name in path)
-        rules = _refined(raw, {k.removeprefix(prefix): v for k, v in observed.items()})
+        rules = refined(raw, {k.removeprefix(prefix): v for k, v in observed.items()})
     return _normalize.init(raw, rules=rules, block_size=settings.block_size, warmup=settings.warmup)
 
 
 # --- reading the model ------------------------------------------------------------------------
 
 
-class _Observed(NamedTuple):
-    """A parameter as its own module sees it: one layer's shape, and its axes where it says so."""
-
-    shape: tuple[int, ...]
-    operator: Matrix | None
-
-
 def _observe(
-    observed: dict[str, _Observed],
+    observed: dict[str, Observed],
     call_next: Callable,
     args: Any,
     kwargs: Any,
@@ -319,7 +310,7 @@ def _observe(
             leaves = flatten(value)[0]
             if not isinstance(value, Mapping) and len(leaves) == 1:
                 path = "/".join((*module.scope.path, name))
-                observed[path] = _Observed(np.shape(leaves[0].value), _axes_of(module, name))
+                observed[path] = Observed(np.shape(leaves[0].value), _axes_of(module, name))
     return result
 
 
@@ -335,28 +326,3 @@ def _axes_of(module: nn.Module, name: str) -> Matrix | None:
 
 def _tuple(value: Any) -> tuple:
     return tuple(value) if hasattr(value, "__iter__") else (value,)
-
-
-def _refined(raw: PyTree, observed: Mapping[str, _Observed]) -> Rules:
-    """FLAX, with the operators of this model: axes where layers tell them, lifted batch axes."""
-    exact = []
-    for leaf in flatten(raw)[0]:
-        found = next((op for pattern, op in FLAX if re.search(pattern, leaf.path)), None)
-        seen = observed.get(leaf.path)
-        if found is None or seen is None or leaf.value is None:
-            continue
-        operator = seen.operator or found
-        if len(seen.shape) < 2:
-            continue  # told by init, with the rule that asked for it
-        shape = np.shape(leaf.value)
-        lifted = _lifted_axes(shape, seen.shape)
-        exact.append((f"^{re.escape(leaf.path)}$", operator.lifted(lifted, len(shape))))
-    return (*exact, *FLAX)
-
-
-def _lifted_axes(outer: tuple[int, ...], inner: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that nn.scan and nn.vmap have added to a parameter: the first that fit."""
-    for axes in itertools.combinations(range(len(outer)), max(0, len(outer) - len(inner))):
-        if tuple(n for axis, n in enumerate(outer) if axis not in axes) == inner:
-            return axes
-    return ()

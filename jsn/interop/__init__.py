@@ -3,14 +3,14 @@
 In: the parameters and state of PyTorch, Flax, Haiku or Equinox. Out: parameters and an `SNState`
 that go on from there; and back. Must not know how sigma is found, and never opens a pickle.
 
-| library | where it keeps its state | what the importer gives |
+| library | where it keeps its state | given back |
 |---|---|---|
-| `torch` parametrizations | `X.parametrizations.weight.original`, `.0._u`, `.0._v` | params, state |
-| `torch` hooks | `X.weight_orig`, `X.weight_u`, `X.weight_v` | params, state |
-| `flax.linen.SpectralNorm` | `batch_stats[scope]["layer/kernel/u"]` and `".../sigma"` | state |
-| `flax.nnx.SpectralNorm` | `BatchStat`s at `batch_stats[("kernel", "u")]` and `"sigma"` | params, state |
-| `haiku.SpectralNorm`, `SNParamsTree` | `state[module]["u0"]` and `"sigma"` | state |
-| `equinox.nn.SpectralNorm` | `(u, v)` at the wrapper's `StateIndex` | model, state |
+| `torch` | `X.parametrizations.weight.original`, `.0._u`, `.0._v` | params, state |
+| `torch`, older | `X.weight_orig`, `X.weight_u`, `X.weight_v` | params, state |
+| `flax.linen` | `batch_stats[scope]["layer/kernel/u"]` and `.../sigma` | state |
+| `flax.nnx` | `BatchStat`s at `batch_stats[("kernel", "u")]` and `"sigma"` | params, state |
+| `haiku`, both modules | `state[module]["u0"]` and `"sigma"` | state |
+| `equinox.nn` | `(u, v)` at the wrapper's `StateIndex` | model, state |
 
 All of them track one vector `u` on the output side, as jsn does with `block_size=1`, and see a
 weight of more than two axes as a matrix whose one side is a single axis. Importers continue from

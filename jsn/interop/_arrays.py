@@ -109,12 +109,12 @@ def _read_file(call: str, path: pathlib.Path) -> dict[str, Any]:
     try:
         tensors = safetensors.deserialize(path.read_bytes())
     except FileNotFoundError:
-        raise FileNotFoundError(
-            _errors.unreadable_file(call, str(path), "no such file")
-        ) from None
+        raise FileNotFoundError(_errors.unreadable_file(call, str(path), "no such file")) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(_errors.unreadable_file(call, str(path), str(error))) from None
-    unknown = [(name, f"has dtype {x['dtype']}") for name, x in tensors if x["dtype"] not in _DTYPES]
+    unknown = [
+        (name, f"has dtype {x['dtype']}") for name, x in tensors if x["dtype"] not in _DTYPES
+    ]
     if unknown:
         fix = f"Expected one of {', '.join(_DTYPES)}. Cast these entries before saving."
         raise ValueError(_errors.bad_entries(call, unknown, fix))

@@ -7,17 +7,16 @@ In: parameters, and for some of their paths the vector that another library trac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jsn import _errors
 from jsn._normalize import _match, init
 from jsn._operator import Matrix
-from jsn._power import Pair, check_count, stored_pair, usable
+from jsn._power import check_count
 from jsn._rules import Leaf, assign, flatten
 from jsn._types import Operator, PyTree, SNState
 
@@ -44,8 +43,8 @@ def take_over(
     """
     block_size = check_count(call, "block_size", block_size, 1)
     exact = [(f"^{re.escape(path)}$", known.operator) for path, known in found.items()]
-    if isinstance(rules, Sequence) and not isinstance(rules, str):
-        rules = (*rules, *exact)
+    is_sequence = isinstance(rules, Sequence) and not isinstance(rules, str)
+    rules = (*rules, *exact) if is_sequence else rules  # assign tells what is wrong with it
     leaves, rebuild = assign(params, rules, call)
     tracked = [leaf for leaf in leaves if leaf.operator is not None]
     blocks = {leaf.path: _block(leaf, found.get(leaf.path), block_size) for leaf in tracked}
@@ -71,7 +70,7 @@ def _block(leaf: Leaf, known: Found | None, block_size: int) -> Any:
 
 
 class Triple(NamedTuple):
-    """The best singular triple that a state knows of a weight, on the host."""
+    """The best singular triple that a state knows of a weight, in numpy."""
 
     operator: Operator
     weight: Any
@@ -89,34 +88,29 @@ def triples(call: str, params: PyTree, state: Any) -> tuple[list[Leaf], dict[str
     """
     leaves, _, us, _ = _match(params, state, call)
     tracked = [leaf for leaf in leaves if leaf.operator is not None]
-    operators: tuple[Any, ...] = tuple(leaf.operator for leaf in tracked)
-    weights = [leaf.value for leaf in tracked]
-
-    @jax.jit  # as a whole: the small operations would each be compiled alone
-    def read(weights: Any, blocks: Any) -> list[Pair]:
-        known = zip(operators, weights, blocks, strict=True)
-        return [stored_pair(operator, W, usable(u)) for operator, W, u in known]
-
-    pairs = jax.device_get(read(weights, [us[leaf.path] for leaf in tracked]))
-    made = {}
-    for leaf, pair in zip(tracked, pairs, strict=True):
-        n_batch = len(leaf.operator.batch(np.shape(leaf.value)))  # type: ignore
-        u = np.asarray(us[leaf.path])
-        single = u.shape[n_batch] == 1  # then it comes back bit for bit
-        u = u.squeeze(n_batch) if single else pair.u
-        made[leaf.path] = Triple(leaf.operator, leaf.value, pair.sigma, u, pair.v)  # type: ignore
-    return leaves, made
+    return leaves, {leaf.path: _triple(leaf, us[leaf.path]) for leaf in tracked}
 
 
-def one_sided(template: Iterable[str], state: Iterable[str]) -> list[tuple[str, str]]:
-    """The weights, by path, that only the template or only the state normalizes."""
-    both = set(template) & set(state)
-    return [
-        (path, f"normalized by the {one}, not by the {other}")
-        for paths, one, other in ((template, "template", "state"), (state, "state", "template"))
-        for path in paths
-        if path not in both
-    ]
+def _triple(leaf: Leaf, block: Any) -> Triple:
+    """Rayleigh-Ritz on a stored block; a block of one vector comes back bit for bit."""
+    operator: Operator = leaf.operator  # type: ignore
+    batch = operator.batch(np.shape(leaf.value))
+    n_batch = len(batch)
+    u = np.asarray(block)
+    v = np.asarray(operator.rmatvec(jnp.asarray(leaf.value), jnp.asarray(block)), np.float64)
+    sides = u.shape[n_batch + 1 :], v.shape[n_batch + 1 :]
+    rows = [x.reshape(*batch, u.shape[n_batch], -1) for x in (u, v)]
+    if u.shape[n_batch] > 1:
+        gram = rows[1] @ np.swapaxes(rows[1], -1, -2)
+        finite = np.isfinite(gram).all(axis=(-2, -1), keepdims=True)
+        best = np.linalg.eigh(np.where(finite, gram, np.eye(u.shape[n_batch])))[1][..., -1]
+        rows = [best[..., None, :] @ x for x in rows]
+    norms = [np.linalg.norm(x, axis=-1, keepdims=True) for x in rows]
+    u, v = (x.reshape(*batch, *side) for x, side in zip(rows, sides, strict=True))
+    u_norm, v_norm = (np.where(norm > 0, norm, 1) for norm in norms)
+    sigma = (norms[1] / u_norm).reshape(batch)
+    v = v / v_norm.reshape(*batch, *[1] * len(sides[1]))
+    return Triple(operator, leaf.value, sigma, u, v)
 
 
 def expect_mapping(call: str, what: str, value: Any) -> None:
@@ -127,4 +121,3 @@ def expect_mapping(call: str, what: str, value: Any) -> None:
     """
     if not isinstance(value, Mapping):
         raise TypeError(_errors.not_importable(call, what, type(value).__name__))
-

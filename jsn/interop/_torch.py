@@ -20,6 +20,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jsn import _errors
@@ -27,6 +28,7 @@ from jsn._operator import Matrix
 from jsn._rules import flatten
 from jsn._types import PyTree, SNState
 from jsn.interop._arrays import read_all, to_leaf, to_tensors
+from jsn.interop._beside import other_view
 from jsn.interop._blocks import Found, Triple, take_over, triples
 
 _PARAMETRIZED = re.compile(r"^((?:.*\.)?)parametrizations\.([^.]+)\.(original|0\._u|0\._v)$")
@@ -95,7 +97,7 @@ def from_torch(
     plain, groups, problems = _grouped(entries)
     problems += [(name, what) for name, group in groups.items() if (what := _incomplete(group))]
     problems += [
-        (name, "is here both raw and normalized, or in both of torch's forms")
+        (name, "is here both with and without spectral normalization")
         for name in groups
         if name in plain
     ]
@@ -186,43 +188,40 @@ def _grouped(entries: Mapping[str, Any]) -> tuple[dict, dict[str, dict[str, Any]
     """Plain entries, the parts of each normalized weight by its plain name, and problems."""
     plain, groups, problems = {}, {}, []
     for name, value in entries.items():
-        parametrized = _PARAMETRIZED.match(name)
-        base, part = _hooked(name, entries)
+        parametrized, (base, part) = _PARAMETRIZED.match(name), _hooked(name, entries)
         if parametrized:
             module, parameter, part = parametrized.groups()
-            groups.setdefault(module + parameter, {})[part.removeprefix("0._")] = value
+            base, part = module + parameter, part.removeprefix("0._")
         elif _OTHER.search(name):
             problems.append((name, "belongs to a parametrization other than spectral_norm"))
+            continue
+        if base and part in groups.get(base, {}):
+            problems.append((base, "is here in both of torch's forms"))
         elif base:
             groups.setdefault(base, {})[part] = value
-        elif name + "_orig" not in entries or name + "_v" in entries:
-            plain[name] = value  # else it is the normalized weight, as PyTorch 1.0 stored it
+        elif not ({f"{name}_orig", f"{name}_u"} <= entries.keys() and f"{name}_v" not in entries):
+            plain[name] = value  # else it is the normalized weight, which PyTorch 1.0 stored too
     return plain, groups, problems
 
 
 def _hooked(name: str, entries: Mapping[str, Any]) -> tuple[str, str]:
     """The plain name and the part that an entry of the older form is, or two empty strings."""
     base, _, suffix = name.rpartition("_")
-    names = {part: f"{base}_{part}" in entries for part in ("orig", "u", "v", "mask")}
-    # Pruning stores N_orig and N_mask, weight_norm N_g and N_v: not ours.
-    ours = names["u"] and (names["orig"] or names["v"]) or names["orig"] and not names["mask"]
+    has = {part: f"{base}_{part}" in entries for part in ("orig", "u", "mask")}
+    pruned = has["mask"] and not has["u"]  # torch.nn.utils.prune stores N_orig and N_mask
     parts = {"orig": "original", "u": "u", "v": "v"}
-    return (base, parts[suffix]) if base and suffix in parts and ours else ("", "")
+    return (base, parts[suffix]) if suffix in parts and has["orig"] and not pruned else ("", "")
 
 
 def _incomplete(group: Mapping[str, Any]) -> str:
+    """What is wrong with the parts of one weight, or an empty string."""
     missing = [part for part in ("original", "u") if part not in group]
     if missing:
-        return f"found only {', '.join(group)}; {' and '.join(missing)} missing"
-    return next(
-        (
-            f"{part} has dtype {group[part].dtype}, expected real floating point"
-            for part in ("u", "v")
-            if part in group and not np.issubdtype(np.asarray(group[part]).dtype, np.floating)
-            and not str(group[part].dtype).startswith(("bfloat", "float"))
-        ),
-        "",
-    )
+        return f"found {' and '.join(group)}, but no {' and no '.join(missing)}"
+    for part, x in group.items():
+        if part != "original" and not jnp.issubdtype(x.dtype, jnp.floating):
+            return f"{part} has dtype {x.dtype}, expected real floating point"
+    return ""
 
 
 def _dim(W: Any, u: Any, v: Any) -> tuple[int, str]:
@@ -231,9 +230,7 @@ def _dim(W: Any, u: Any, v: Any) -> tuple[int, str]:
     n_in = None if v is None else tuple(v.shape)
     size = int(np.prod(shape))
     fits = [
-        dim
-        for dim, n in enumerate(shape)
-        if n and n_out == (n,) and n_in in (None, (size // n,))
+        dim for dim, n in enumerate(shape) if n and n_out == (n,) and n_in in (None, (size // n,))
     ]
     if not fits:
         return 0, f"u of shape {n_out} and v of shape {n_in} fit no axis of the weight, {shape}"
@@ -264,11 +261,9 @@ def _alignment(W: Any, u: Any, v: Any, dim: int) -> float:
 
 def _no_dim(triple: Triple) -> str:
     """Why torch cannot see a weight this way, or an empty string."""
-    shape = np.shape(triple.weight)
-    views = [Matrix(out_axis=dim)._axes(len(shape)) for dim in range(len(shape))]
-    if isinstance(triple.operator, Matrix) and triple.operator._axes(len(shape)) in views:
-        return ""
-    return f"shape {shape}, viewed as {triple.operator}, which is no matrix onto a single axis"
+    ndim = np.ndim(triple.weight)
+    whats = [other_view(triple, Matrix(out_axis=dim)) for dim in range(ndim)]
+    return whats[0] if all(whats) else ""
 
 
 def _entries(name: str, triple: Triple, old: bool) -> dict[str, Any]:

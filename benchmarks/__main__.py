@@ -1,0 +1,34 @@
+"""`python -m benchmarks [NAME ...] [options of the benchmark]`: all of them without a name."""
+
+import argparse
+import importlib
+
+BENCHMARKS = {
+    "truth": "how true the norms are during training, for each block size, and at what cost",
+}
+"""Modules of this package with a `main(argv)`, in the order in which they run."""
+
+
+def main() -> None:
+    listing = "\n".join(f"  {name:8} {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"benchmarks:\n{listing}",
+        epilog="Options after the names go to each benchmark: try `truth --help`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("name", nargs="*", help="which ones to run, default: all")
+    args, rest = parser.parse_known_args()
+    unknown = [name for name in args.name if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
+    if not args.name and {"-h", "--help"} & set(rest):
+        parser.print_help()
+        return
+    for name in args.name or BENCHMARKS:
+        importlib.import_module(f"benchmarks.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    main()

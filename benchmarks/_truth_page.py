@@ -1,0 +1,2 @@
+def write(r,f):
+    pass

@@ -1,0 +1,22 @@
+"""How every test runs: on the CPU, on eight virtual devices, with strict promotion of ranks."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    devices = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
+
+import jax
+import pytest
+
+# Broadcasting between ranks is how a missing batch axis goes unnoticed.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests marked `gpu` where there is no accelerator."""
+    if jax.default_backend() == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
