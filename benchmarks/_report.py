@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,25 @@ def circumstances() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
+        "jsn": _commit(),
         "environment": ONE_THREAD,
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
     }
+
+
+def _commit() -> str:
+    """The commit of jsn, with a + if files of the package have changed since."""
+    try:
+        git = lambda *words: subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = git("status", "--porcelain", "--", "jsn/_*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _cpu() -> str:

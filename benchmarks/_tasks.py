@@ -38,7 +38,6 @@ class Start(NamedTuple):
 class Task(NamedTuple):
     """A task: `loss(normalized params, extra, batch, key)` is what Adam minimizes."""
 
-    title: str
     start: Callable[[int], Start]
     loss: Callable[[PyTree, PyTree, PyTree, jax.Array], jax.Array]
     batch_size: int = 128
@@ -79,8 +78,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return (bunch.data / 16).astype(np.float32), bunch.target.astype(np.int32)
 
 
+def _init(model: nn.Module, key: jax.Array, x: Any) -> PyTree:
+    return jax.jit(model.init)(key, x)["params"]
+
+
 def _network(seed: int, outputs: int) -> PyTree:
-    return MLP((*HIDDEN, outputs)).init(jax.random.key(seed), jnp.ones((1, 64)))["params"]
+    return _init(MLP((*HIDDEN, outputs)), jax.random.key(seed), jnp.ones((1, 64)))
 
 
 def _apply(params: PyTree, x: jax.Array) -> jax.Array:
@@ -112,9 +115,7 @@ def _start_teacher(seed: int) -> Start:
     x = rng.standard_normal((2000, 64))
     hidden = np.maximum(x @ rng.standard_normal((64, 512)) / 8, 0)
     labels = np.argmax(hidden @ rng.standard_normal((512, 100)), axis=1)
-    return Start(
-        _network(seed, 100), {}, {"x": x.astype(np.float32), "y": labels.astype(np.int32)}
-    )
+    return Start(_network(seed, 100), {}, {"x": x.astype(np.float32), "y": labels.astype(np.int32)})
 
 
 def _start_autoencoder(seed: int) -> Start:
@@ -130,8 +131,8 @@ def _start_critic(seed: int) -> Start:
     images = _digits()[0].reshape(-1, 8, 8, 1) * 2 - 1
     critic, generator = jax.random.split(jax.random.key(seed))
     return Start(
-        Critic().init(critic, images[:1])["params"],
-        GENERATOR.init(generator, jnp.ones((1, LATENT)))["params"],
+        _init(Critic(), critic, images[:1]),
+        _init(GENERATOR, generator, jnp.ones((1, LATENT))),
         {"x": images},
     )
 
@@ -149,12 +150,10 @@ def _gan(params: PyTree, extra: PyTree, batch: PyTree, key: Any) -> jax.Array:
 
 
 TASKS = {
-    "digits": Task("ten digits", _start_digits, functools.partial(_classify, 1.0)),
-    "digits_20": Task("ten digits, logits × 20", _start_digits, functools.partial(_classify, 20.0)),
-    "codes": Task("a hundred real codes", _start_codes, functools.partial(_classify, 20.0)),
-    "autoencoder": Task("autoencoder", _start_autoencoder, _reconstruct),
-    "critic": Task(
-        "convolutional critic", _start_critic, _gan, 32, optax.adam(1e-3, b1=0.5, b2=0.9)
-    ),
-    "teacher": Task("random teacher", _start_teacher, functools.partial(_classify, 20.0)),
+    "digits": Task(_start_digits, functools.partial(_classify, 1.0)),
+    "digits_20": Task(_start_digits, functools.partial(_classify, 20.0)),
+    "codes": Task(_start_codes, functools.partial(_classify, 20.0)),
+    "autoencoder": Task(_start_autoencoder, _reconstruct),
+    "critic": Task(_start_critic, _gan, 32, optax.adam(1e-3, b1=0.5, b2=0.9)),
+    "teacher": Task(_start_teacher, functools.partial(_classify, 20.0)),
 }

@@ -15,6 +15,7 @@ from jsn import interop as interop
 from jsn import linen as linen
 from jsn import nnx as nnx
 from jsn._audit import audit as audit
+from jsn._bounds import upper_bound as upper_bound
 from jsn._conv import Conv as Conv
 from jsn._normalize import fold as fold
 from jsn._normalize import init as init

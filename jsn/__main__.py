@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import pathlib
 import subprocess
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     demo.set_defaults(run=_demo)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in any script, on any terminal
     options = parser.parse_args(argv)
     try:
@@ -116,6 +117,8 @@ def _audit(options: argparse.Namespace) -> int:
             audit, problems = _read(checkpoint, options)
     except (Unreadable, ImportError) as error:
         return _fail(f"{where} {error}")
+    except Exception as error:  # a file can be wrong in a way that nobody thought of
+        return _fail(f"{where} cannot be audited: {type(error).__name__}: {error}")
     if not audit.rows and not problems:
         names = ", ".join(shorten(leaf.path) for leaf in audit.left_alone[:8])
         problems = [("", f"no weights among its arrays ({names or 'none'}): see --rules in --help")]

@@ -20,11 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
-from scipy.linalg import blas, lapack
+import scipy.linalg
 
-from jsn._rounding import TERMS, UNDERFLOW, UNIT, dropped, gamma, scaled, sqrt_up
+from jsn._rounding import TERMS, dropped, gamma, scaled, sqrt_up
+
+blas: Any = scipy.linalg.blas
+lapack: Any = scipy.linalg.lapack
 
 _ROWS = 2048
 """Rows of a tall matrix that are converted to float64 and multiplied at once."""
@@ -62,14 +66,19 @@ def gram_error(G: np.ndarray, depth: int) -> Fraction:
     summation), and the norm of the right side is at most gamma(depth) |H|_F^2. That is the trace
     of H^T H, whose entries, sums of squares, are relatively off by gamma(depth) themselves.
     """
-    product = TERMS["product"] * gamma(depth, UNIT)
-    squares = trace(G) / (1 - TERMS["trace"] * gamma(depth, UNIT))
+    product = TERMS["product"] * gamma(depth)
+    squares = trace(G) / (1 - TERMS["trace"] * gamma(depth))
     return product * squares
+
+
+def diagonal(A: np.ndarray) -> np.ndarray:
+    """The diagonal, real as that of a Hermitian matrix is."""
+    return np.real(np.diagonal(A))
 
 
 def trace(A: np.ndarray) -> Fraction:
     """At least the exact trace of a matrix of floats."""
-    return Fraction(math.nextafter(math.fsum(A.diagonal().real), math.inf))
+    return Fraction(math.nextafter(math.fsum(diagonal(A)), math.inf))
 
 
 def largest_eigenvalue_bound(G: np.ndarray) -> Fraction:
@@ -81,24 +90,23 @@ def largest_eigenvalue_bound(G: np.ndarray) -> Fraction:
     Returns:
         The bound, some 1e-9 of itself above the truth.
     """
-    floor = 8 * len(G) * float(UNIT)  # what the factorization itself usually needs
-    for value, excess in _guesses(G):
-        d = value * (1 + excess + floor)
+    for d in guesses(G):
         A = shifted(G, d)
-        largest = float(A.diagonal().real.max())
+        largest = float(diagonal(A).max())
         error = shift_error(largest) + factor_error(A, trace(A), largest)
         if factors(A):
             return Fraction(d) + error
     raise AssertionError("a dominant diagonal factorizes")
 
 
-def _guesses(G: np.ndarray) -> Iterator[tuple[float, float]]:
-    """Estimates of the largest eigenvalue, each with a relative excess to try."""
+def guesses(G: np.ndarray) -> Iterator[float]:
+    """Values just above the largest eigenvalue, ever less close."""
+    floor = 1e-15 * len(G)  # what the factorization itself usually needs
     if len(G) > _DENSE:
         estimate = top(G)
-        yield from ((estimate, 2e-10), (estimate, 1e-8))
+        yield from (estimate * (1 + floor + excess) for excess in (2e-10, 1e-8))
     exact = float(np.linalg.eigvalsh(G)[-1])
-    yield from ((exact, 10.0**k) for k in (-10, -8, -6, -4, -2, 0, 2, 4, 8))
+    yield from (exact * (1 + floor + 10.0**k) for k in (-10, -8, -6, -4, -2, 0, 2, 4, 8))
 
 
 def shifted(G: np.ndarray, d: float) -> np.ndarray:
@@ -110,7 +118,7 @@ def shifted(G: np.ndarray, d: float) -> np.ndarray:
 
 def shift_error(largest: float) -> Fraction:
     """How far `shifted` can lie from `d I - G`, whose positive diagonal entries it rounds."""
-    return TERMS["diagonal"] * UNIT * Fraction(largest)
+    return TERMS["diagonal"] * TERMS["unit"] * Fraction(largest)
 
 
 def factors(A: np.ndarray) -> bool:
@@ -119,7 +127,7 @@ def factors(A: np.ndarray) -> bool:
     Args:
         A: Its lower triangle is read, and all of it may be overwritten.
     """
-    if not A.diagonal().real.min() > 0:
+    if not diagonal(A).min() > 0:
         return False
     potrf = lapack.zpotrf if np.iscomplexobj(A) else lapack.dpotrf
     return potrf(A, lower=1, clean=0, overwrite_a=1)[1] == 0
@@ -140,8 +148,8 @@ def factor_error(A: np.ndarray, trace: Fraction, largest: float) -> Fraction:
         largest: Its largest diagonal entry, or more.
     """
     n = len(A)
-    relative = gamma((n + 3) * (TERMS["complex"] if np.iscomplexobj(A) else 1), UNIT)
-    underflow = 4 * n * (2 * (n + 1) + Fraction(largest)) * UNDERFLOW
+    relative = gamma((n + 3) * (TERMS["complex"] if np.iscomplexobj(A) else 1))
+    underflow = 4 * n * (2 * (n + 1) + Fraction(largest)) * TERMS["tiny"]
     return TERMS["factor"] * relative / (1 - relative) * trace + TERMS["underflow"] * underflow
 
 

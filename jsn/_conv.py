@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jsn import _errors
 from jsn._conv_axis import Axis, Pads, extend, fold
-from jsn._operator import Matrix
+from jsn._operator import Matrix, explicit_spec
 from jsn._types import Block, Sigma, Weight
 
 _FORWARD = ("SAME", "VALID", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -213,6 +214,10 @@ class Conv:
         """
         dtype = jnp.result_type(W, x)
         W = jnp.moveaxis(W.astype(dtype), self._batch, range(len(self._batch)))
+        spec = explicit_spec(W)
+        if spec is not None:  # channels stay where they are, unless they come in groups
+            whole = len(spec) if self.feature_group_count > 1 else len(spec) - 2
+            W = jax.sharding.reshard(W, PartitionSpec(*[None] * whole, *spec[whole:]))
         run = one
         for _ in self._batch:
             run = functools.partial(_in_turn, run)
@@ -220,7 +225,12 @@ class Conv:
 
     def _conv(self, x: Array, K: Array, pads: Sequence, swap: bool = False) -> Array:
         """The only convolution jsn forms: full precision, accumulated in the dtype of `x`."""
-        rank = len(pads)
+        rank, spec, place = len(pads), explicit_spec(K), {}
+        if spec is not None and explicit_spec(x) is not None:
+            alone = [None] * (rank + 1)
+            x = jax.sharding.reshard(x, PartitionSpec(*alone, spec[-2]))
+            out = PartitionSpec(*alone, spec[-1])
+            place["out_sharding"] = NamedSharding(jax.typeof(x).sharding.mesh, out)
         space, one = "DHW"[-rank:], (1,) * rank
         down, up = (one, self.strides) if self.transpose != swap else (self.strides, one)
         return lax.conv_general_dilated(
@@ -234,6 +244,7 @@ class Conv:
             feature_group_count=self.feature_group_count,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=x.dtype,
+            **place,
         )
 
     def _swapped(self, K: Array) -> Array:
@@ -245,7 +256,10 @@ class Conv:
         """
         *window, ins, outs = K.shape
         groups = self.feature_group_count
-        K = lax.rev(K, tuple(range(len(window)))).reshape(*window, ins, groups, outs // groups)
+        K = lax.rev(K, tuple(range(len(window))))
+        if groups == 1:
+            return jnp.swapaxes(K, -1, -2)
+        K = K.reshape(*window, ins, groups, outs // groups)
         return jnp.swapaxes(K, -1, -3).reshape(*window, outs // groups, groups * ins)
 
 

@@ -370,8 +370,9 @@ def too_long(n: int, unit: float) -> str:
 def not_finite(call: str, wrong: int, total: int, first: tuple, value: str) -> str:
     """A weight with NaN or infinite entries has no bound."""
     return (
-        f"{call}: {wrong} of {_count(total, 'entry', 'entries')} not finite, the first at {first}: "
-        f"{value}. Expected finite numbers: repair the weight, or restore an earlier checkpoint."
+        f"{call}: {wrong} of {_count(total, 'entry', 'entries')} not finite; the first, "
+        f"at {first}, is {value}. Expected finite numbers: repair the weight, or restore an "
+        "earlier checkpoint."
     )
 
 
@@ -421,4 +422,39 @@ def gram_on_tpu() -> str:
         'jsn.upper_bound: method="gram" is not proven on a TPU, whose float32 products are sums '
         'of bfloat16 ones. Use method="cholesky", or run it on the CPU: '
         'jax.default_device(jax.devices("cpu")[0]).'
+    )
+
+
+def not_exact(reports: Sequence[tuple[str, str, bool]]) -> str:
+    """Weights of a linen model whose exact operator is unknown, or was chosen."""
+    alone = [(path, what) for path, what, is_alone in reports if is_alone]
+    chosen = [(path, what) for path, what, is_alone in reports if not is_alone]
+    parts = []
+    if alone:
+        parts.append(
+            f"{_count(len(alone), 'weight')} could not be read exactly, and "
+            f"{'is' if len(alone) == 1 else 'are'} left alone:\n{_rows(alone)}"
+        )
+    if chosen:
+        parts.append(f"{_count(len(chosen), 'weight')} left a choice:\n{_rows(chosen)}")
+    return (
+        "jsn.linen.operators: " + "\n".join(parts) + "\nGive these weights rules of their own, "
+        "or None to leave them alone without this warning: "
+        'jsn.linen.operators(model, x, rules=[("^path/of/weight$", jsn.Matrix())]).'
+    )
+
+
+def not_a_model(call: str, found: str) -> str:
+    """Something other than a linen module was to be read."""
+    return (
+        f"{call}: expected an instance of a flax.linen.Module, found {found}. "
+        "Pass the model and what model.init takes: jsn.linen.operators(Model(), x)."
+    )
+
+
+def unknown_rules(found: str) -> str:
+    """A word given as rules."""
+    return (
+        f'jsn.linen.spectral_norm: rules={found!r} is unknown. Expected "operators", or a '
+        "sequence of (path pattern, operator or None), such as jsn.FLAX."
     )

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,31 +87,39 @@ def widened(W: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _bound(contracted: Axes, batch: Axes, W: Array) -> tuple[Array, Array]:
     X, exponent, finite = exactly_scaled(W, batch)
-    shape = [n for a, n in enumerate(W.shape) if a not in batch]
-    rows = size([W.shape[a] for a in contracted])
-    columns = size(shape) // rows
-    unit = Fraction(float(jnp.finfo(W.dtype).eps)) / 2
+    rows = size([W.shape[axis] for axis in contracted])
+    columns = size([n for axis, n in enumerate(W.shape) if axis not in batch]) // rows
+    unit = TERMS["device_unit"] * Fraction(float(jnp.finfo(W.dtype).eps)) / 2
     tiny = Fraction(float(jnp.finfo(W.dtype).tiny)) * TERMS["device_flush"]
     number = functools.partial(_constant, dtype=W.dtype)
-    level, back = rows, []
-    for _ in range(_LEVELS):
-        G = square(X, contracted, batch)
-        batch = tuple(range(len(batch)))
-        contracted = (len(batch),)
-        sums = TERMS["device_sums"] * gamma(level + columns, unit)
+
+    def level(G: Array, terms: int) -> tuple[Array, tuple[Array, Array]]:
+        """The next X, a multiple of G, and what leads back: |last X|^2 <= scale |X| + slack."""
+        sums = TERMS["device_sums"] * gamma(terms + columns, unit)
         squares = _up(_sum(jnp.diagonal(G, axis1=-2, axis2=-1)) * number(1 / (1 - sums)))
-        slack = number(TERMS["device_product"] * gamma(level, unit)) * squares
+        slack = number(TERMS["device_product"] * gamma(terms, unit)) * squares
         scale, inverse = _power_of_two(jnp.max(jnp.abs(G), axis=(-2, -1)))
-        # Flushed: at most 2 * level operations for an entry, and then the entry itself.
-        back.append((scale, _up(slack + number(2 * level * columns * tiny))))
-        X, level = G * inverse[..., None, None], columns
+        # Flushed: in at most 2 operations for each term of an entry, and in the entry itself.
+        slack = _up(slack + number(2 * terms * columns * tiny))
+        return G * inverse[..., None, None], (scale, slack)
+
+    X, first = level(square(X, contracted, batch), rows)
+    every, last = tuple(range(len(batch))), (len(batch),)
+    X, back = lax.scan(
+        lambda X, _: level(square(X, last, every), columns), X, None, length=_LEVELS - 1
+    )
     sums = number(1 / (1 - TERMS["device_sums"] * gamma(2 * columns + 2, unit)))
     flushed = number(2 * columns * tiny)
-    norm = _up(jnp.sqrt(_sum(_sum(X * X)) * sums) + flushed)
-    rows_and_columns = [jnp.max(_sum(jnp.abs(x)), -1) for x in (X, jnp.swapaxes(X, -1, -2))]
-    norm = jnp.minimum(norm, _up(jnp.sqrt(math.prod(rows_and_columns)) * sums + flushed))
-    for scale, slack in reversed(back):
-        norm = _up(jnp.sqrt(scale * _up(norm + flushed) + slack))
+    norm = _up(_root(_sum(_sum(X * X)) * sums) + flushed)
+    by_rows, by_columns = (jnp.max(_sum(jnp.abs(x)), axis=-1) for x in (X, jnp.swapaxes(X, -1, -2)))
+    norm = jnp.minimum(norm, _up(_root(by_rows * by_columns) * sums + flushed))
+
+    def rise(norm: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
+        scale, slack = step
+        return _up(_root(scale * _up(norm + flushed) + slack)), None
+
+    norm, _ = lax.scan(rise, norm, back, reverse=True)
+    norm, _ = rise(norm, first)
     dropped = sqrt_up(Fraction(rows * columns)) * 2 ** (jnp.finfo(W.dtype).nmant + 1) * tiny
     norm = _up(norm + number(dropped))
     return jnp.where(finite, jnp.where(exponent > _ZERO, norm, 0), jnp.nan), exponent
@@ -244,7 +253,11 @@ def _sum(x: Array) -> Array:
     return lax.optimization_barrier(jnp.sum(x, axis=-1))
 
 
-def _constant(x: Fraction | int, dtype: np.dtype) -> np.ndarray:
+def _root(x: Array) -> Array:
+    return jnp.sqrt(x)
+
+
+def _constant(x: Fraction | int, dtype: Any) -> Any:
     """A number of the dtype, at or above a fraction."""
     value = float_up(Fraction(x))
     rounded = np.asarray(value, dtype)
@@ -253,4 +266,4 @@ def _constant(x: Fraction | int, dtype: np.dtype) -> np.ndarray:
 
 def _up(x: Array) -> Array:
     """A value above x by more than a few scalar operations can have rounded it down."""
-    return x * (1 + TERMS["device_scalars"] * 16 * jnp.finfo(x.dtype).eps)
+    return x * (1 + 16 * float(TERMS["device_scalars"]) * float(jnp.finfo(x.dtype).eps))

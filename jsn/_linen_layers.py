@@ -14,7 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import opt_einsum
+from opt_einsum.parser import parse_einsum_input
 
 from jsn._conv import Conv
 from jsn._operator import Matrix
@@ -49,7 +49,7 @@ def _dense_general(module: nn.DenseGeneral, inputs: Any, *, per_head: bool) -> O
 def _einsum(module: nn.Einsum, inputs: Any, einsum_str: str | None = None) -> Operator | str:
     text = (einsum_str or module.einsum_str or "").replace(" ", "")
     shapes = (np.empty(inputs.shape), np.empty(module.shape))
-    operands, result, _ = opt_einsum.parser.parse_einsum_input((text, *shapes))
+    operands, result, _ = parse_einsum_input((text, *shapes))
     data, kernel = operands.split(",")
     letters = list(enumerate(kernel))
     ins = [axis for axis, letter in letters if letter in data and letter not in result]
@@ -72,7 +72,8 @@ def _conv(module: Any, inputs: Any) -> Operator | str:
         return "the layer dilates its input, which jsn.Conv does not describe"
     shape = inputs.shape[-len(_tuple(module.kernel_size)) - 1 :]
     groups = 1 if transpose else module.feature_group_count
-    return Conv(shape, module.strides, module.padding, module.kernel_dilation, groups, transpose)
+    strides, dilation = module.strides or 1, module.kernel_dilation or 1
+    return Conv(shape, strides, module.padding, dilation, groups, transpose)
 
 
 _NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)

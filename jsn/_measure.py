@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsn import _plan
 from jsn._bounds import upper_bound
+from jsn._normalize import init
 from jsn._operator import Matrix, size
 from jsn._power import power_iterate
 from jsn._rounding import scaled
@@ -99,7 +99,7 @@ def measure(path: str, weight: Any, operator: Operator, tracked: Any = None) -> 
         what = f"not finite: {not_finite} of {W.size} entries are NaN or infinite"
         return Row(
             **known,
-            **dict.fromkeys(("sigma", "bound", "frobenius", "stable_rank", "condition"), nan),
+            **{"sigma": nan, "bound": nan, "frobenius": nan, "stable_rank": nan, "condition": nan},
             normalized=None if tracked is None else nan,
             warnings=(what,),
             notes=(),
@@ -211,7 +211,7 @@ def _frobenius(
         parts = _parts(x[entry])
         sums[entry] = math.fsum(float(np.square(scaled(part, exponent)).sum()) for part in parts)
     with np.errstate(over="ignore", under="ignore"):
-        return np.ldexp(np.sqrt(sums), exponent).reshape(batch)
+        return np.asarray(np.ldexp(np.sqrt(sums), exponent)).reshape(batch)
 
 
 def _matrices(W: np.ndarray, operator: Matrix) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -260,7 +260,7 @@ def _singular(
         for entry, M in _matrices(W, operator):
             known = None if bound is None else bound[entry]
             sigma[entry] = _estimate(M, Matrix(), exponent, known)
-        return np.ldexp(sigma, exponent), None, None
+        return np.asarray(np.ldexp(sigma, exponent)), None, None
     spectrum = np.zeros(0)
     with np.errstate(over="ignore", under="ignore"):
         for entry, M in _matrices(W, operator):
@@ -300,13 +300,13 @@ def _estimate(W: np.ndarray, operator: Operator, exponent: int, bound: Any) -> n
     if exact:  # to float32, whose range may be too small for it
         W = np.stack([scaled(rows, exponent).astype(np.float32) for rows in W])
     x = jnp.asarray(W, jnp.float32 if W.dtype.itemsize == 1 else None)
-    (u,) = _plan.begin((operator,), [x], 16, 15)
+    u = init({"w": x}, rules=(("w", operator),)).u["w"]
     goal = np.inf if bound is None else np.ldexp(bound, -exponent) * (1 - 1e-6)
     old = sigma = np.zeros(())
     for _ in range(20):
         found, u = _iterate(x, u, n_steps=10, operator=operator)
         sigma = np.asarray(found, np.float64)
-        sigma = sigma if exact else np.ldexp(sigma, -exponent)
+        sigma = sigma if exact else np.asarray(np.ldexp(sigma, -exponent))
         if (sigma >= goal).all() or (np.abs(sigma - old) <= 1e-7 * sigma).all():
             break
         old = sigma

@@ -154,11 +154,22 @@ def sigmas(params: PyTree, state: SNState | Mapping[str, Any], *, n_steps: int =
         >>> print(tree["kernel"].round(4), tree["bias"])
         3.0 None
     """
-    call = "jsn.sigmas"
+    return track(params, state, n_steps, "jsn.sigmas")[0]
+
+
+def track(
+    params: PyTree, state: SNState | Mapping[str, Any], n_steps: int, call: str
+) -> tuple[PyTree, Any]:
+    """What `sigmas` returns, and the next state.
+
+    Raises:
+        TypeError: If `state` is no state.
+        ValueError: If the state does not fit the parameters, or `n_steps < 0`.
+    """
     n_steps = check_count(call, "n_steps", n_steps, 0)
-    leaves, rebuild, us, _ = _match(params, state, call)
-    found, _ = _track(leaves, us, n_steps)
-    return rebuild([found.get(leaf.path) for leaf in leaves], boxed=False)
+    leaves, rebuild, us, replace = _match(params, state, call)
+    found, us = _track(leaves, us, n_steps)
+    return rebuild([found.get(leaf.path) for leaf in leaves], boxed=False), replace(us)
 
 
 def fold(

@@ -97,6 +97,7 @@ class Reading:
 
     def __init__(self, raw: PyTree, seen: Mapping[str, Seen], run: Run):
         """Takes the parameters, what a `Reader` saw, by path, and how to run the model."""
+        self._rebuild: Callable
         self._leaves, self._rebuild = flatten(raw)
         self._seen, self._run = seen, run
 
@@ -177,9 +178,12 @@ class Reading:
                         found.setdefault(box.path, lifted)  # the innermost call comes first
             return result
 
+        def run(boxes: PyTree) -> None:
+            self._run(boxes)
+
         try:
             with nn.intercept_methods(look):
-                jax.eval_shape(lambda x: [self._run(x)] and 0, self._rebuild(boxes, boxed=False))
+                jax.eval_shape(run, self._rebuild(boxes, boxed=False))
         except Exception:  # a model that cannot run on boxes: the axes are guessed, and told
             return {}
         return found

@@ -88,11 +88,9 @@ def _remarks(audit: Audit) -> list[str]:
     """The lines below a table."""
     lines = []
     if audit.rows:
-        total = sum(row.bytes for row in audit.rows)
-        lines.append(
-            f"{len(audit.rows)} weights, {size(total)}; product of the bounds "
-            f"{number(audit.product, up=True)}"
-        )
+        count = f"{len(audit.rows)} weight{'s' * (len(audit.rows) > 1)}"
+        total, product = size(sum(row.bytes for row in audit.rows)), number(audit.product, up=True)
+        lines.append(f"{count}, {total}; product of the bounds {product}")
     if any(np.ndim(row.sigma) for row in audit.rows):
         lines.append(
             "Where a row stands for several matrices, the largest of each number is shown."

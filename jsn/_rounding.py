@@ -17,51 +17,47 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from types import MappingProxyType
 
 import numpy as np
 
 from jsn import _errors
 
-UNIT = Fraction(1, 2**53)
-"""u of float64."""
-UNDERFLOW = Fraction(1, 2**1022)
-"""The most that one operation can lose below the normal numbers, flushed to zero or not."""
-SMALL = Fraction(1, 2**450)
-"""Entries below this share of the largest one are dropped, and what they add is bounded: then
-no product of two entries, and no rounding of a sum of them, ever leaves the normal numbers."""
-
-TERMS = MappingProxyType(
-    {
-        "product": 1,  # products and sums of the Gram matrix: gamma(depth) |H|^T |H|
-        "trace": 1,  # |H|_F^2 read off the computed Gram matrix
-        "factor": 1,  # the Cholesky factorization: gamma(n + 3) / (1 - gamma(n + 3)) trace
-        "underflow": 1,  # the same, where intermediate results leave the normal numbers
-        "diagonal": 1,  # the subtraction d - G_jj
-        "dropped": 1,  # entries below SMALL
-        "assembly": 1,  # kernel entries added up where padding makes taps meet
-        "complex": 8,  # a complex operation rounds like at most so many real ones
-        "coefficients": 1,  # products and sums of the coefficients of the Gram symbol
-        "waves": 64,  # error of a tabulated cos or sin, in u, for each spatial axis
-        "series": 1,  # products and sums of the Gram symbol at one frequency
-        "riesz": 1,  # what the symbol can do between two frequencies
-        "padding": 1,  # norm of circular and reflected padding
-        "overlap": 1,  # taps that share inputs, where a kernel is bounded as a matrix
-        "device_product": 1,  # the Gram products of the device, in its own precision
-        "device_sums": 1,  # sums of squares and of absolute values on the device
-        "device_flush": 1,  # subnormal results that the device may set to zero
-        "device_scalars": 1,  # scalar operations on the device
-    }
-)
+TERMS: dict[str, Fraction | int] = {
+    "unit": Fraction(1, 2**53),  # u of float64
+    "tiny": Fraction(1, 2**1022),  # the most one operation loses below the normal numbers
+    # Entries below this share of the largest are dropped, and what they add is bounded: then no
+    # product of two entries, and no rounding of a sum of them, leaves the normal numbers.
+    "small": Fraction(1, 2**450),
+    "dropped": 1,  # those entries
+    "product": 1,  # products and sums of the Gram matrix: gamma(depth) |H|^T |H|
+    "trace": 1,  # |H|_F^2 read off the computed Gram matrix
+    "diagonal": 1,  # the subtraction d - G_jj
+    "factor": 1,  # the factorization: gamma(n + 3) / (1 - gamma(n + 3)) trace
+    "underflow": 1,  # the same, where intermediate results leave the normal numbers
+    "complex": 8,  # a complex operation rounds like at most so many real ones
+    "coefficients": 1,  # products and sums of the coefficients of the Gram symbol
+    "waves": 64,  # error of a tabulated cos or sin, in u, for each spatial axis
+    "series": 1,  # products and sums of the Gram symbol at one frequency
+    "riesz": 1,  # what the symbol can do between two frequencies
+    "padding": 1,  # the norm of circular and reflected padding
+    "overlap": 1,  # taps that share inputs, where a kernel is bounded as a matrix
+    "assembly": 1,  # kernel entries added up where padding makes taps meet
+    "device_unit": 1,  # u of the device, in half of its machine epsilon
+    "device_product": 1,  # the Gram products of the device
+    "device_sums": 1,  # sums of squares and of absolute values there
+    "device_flush": 1,  # results below the normal numbers, which it may set to zero
+    "device_scalars": 1,  # scalar operations there
+}
 """Every constant of the proofs. Tests weaken them one by one, and each time a bound fails."""
 
 
-def gamma(n: int | Fraction, unit: Fraction = UNIT) -> Fraction:
+def gamma(n: int | Fraction, unit: Fraction | None = None) -> Fraction:
     """The relative error of n operations, `n u / (1 - n u)` (Higham 2002, lemma 3.1).
 
     Raises:
         ValueError: If n u >= 1: that many operations prove nothing.
     """
+    unit = Fraction(TERMS["unit"]) if unit is None else unit
     if n * unit >= 1:
         raise ValueError(_errors.too_long(int(n), float(unit)))
     return n * unit / (1 - n * unit)
@@ -92,7 +88,7 @@ def power_of_two(exponent: int) -> Fraction:
 
 
 def scaled(x: np.ndarray, exponent: int) -> np.ndarray:
-    """`x * 2**-exponent` in float64, exact but for entries below SMALL, which become 0.
+    """`x * 2**-exponent` in float64, exact but for small entries, which become 0.
 
     Args:
         x: Entries of any floating point dtype that float64 contains, below `2**exponent`.
@@ -107,13 +103,13 @@ def scaled(x: np.ndarray, exponent: int) -> np.ndarray:
     x *= math.ldexp(1.0, half)
     x *= math.ldexp(1.0, -exponent - half)
     if wide:
-        x[np.abs(x) < float(SMALL)] = 0
+        x[np.abs(x) < float(TERMS["small"])] = 0
     return x
 
 
 def dropped(entries: int) -> Fraction:
-    """At most the norm of what `scaled` has dropped: `sqrt(entries)` times SMALL (Frobenius)."""
-    return TERMS["dropped"] * sqrt_up(Fraction(entries)) * SMALL
+    """At most the norm of what `scaled` has dropped: its Frobenius norm."""
+    return TERMS["dropped"] * sqrt_up(Fraction(entries)) * TERMS["small"]
 
 
 def check_arithmetic() -> None:

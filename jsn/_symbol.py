@@ -38,8 +38,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jsn._certify import factor_error, factors, largest_eigenvalue_bound, shift_error, shifted
-from jsn._rounding import TERMS, UNDERFLOW, UNIT, gamma, sqrt_up
+from jsn import _certify
+from jsn._rounding import TERMS, gamma, sqrt_up
 
 _GOAL = 1e-3
 """Cells are divided until their radius costs no more than this ..."""
@@ -98,14 +98,14 @@ def symbol(C: np.ndarray) -> Symbol:
         even.append(R + np.swapaxes(R, -1, -2) if any(lag) else R)
         odd.append(R - np.swapaxes(R, -1, -2) if any(lag) else np.zeros_like(R))
     n_taps, n_lags = math.prod(taps), len(lags)
-    coefficients = TERMS["coefficients"] * gamma(n_taps * columns + 1, UNIT)
-    off = TERMS["waves"] * len(taps) * UNIT
-    series = TERMS["series"] * gamma(n_lags + 1, UNIT)
+    coefficients = TERMS["coefficients"] * gamma(n_taps * columns + 1)
+    off = TERMS["waves"] * len(taps) * TERMS["unit"]
+    series = TERMS["series"] * gamma(n_lags + 1)
     S = np.abs(C).reshape(groups, -1, rows, columns).sum(1)
     squares = Fraction(float((S * S).sum((1, 2)).max()))
-    squares /= 1 - gamma(2 * n_taps + rows * columns + 2, UNIT)
+    squares /= 1 - gamma(2 * n_taps + rows * columns + 2)
     relative = (1 + coefficients) * (1 + off) * (1 + series) - 1
-    error = sqrt_up(Fraction(2)) * relative * squares + 4 * n_lags * rows * UNDERFLOW
+    error = sqrt_up(Fraction(2)) * relative * squares + 4 * n_lags * rows * TERMS["tiny"]
     flat = (n_lags, groups * rows * rows)
     return Symbol(lags, np.reshape(even, flat), np.reshape(odd, flat), (groups, rows), error)
 
@@ -261,24 +261,24 @@ def _prove(
             continue
         G = gram.at(turns[chunk], of)
         if n == 1:  # numbers: nothing to factorize
-            values = np.where(wanted, G[..., 0, 0].real, 0)
+            values = np.where(wanted, np.real(G[..., 0, 0]), 0)
             proven = max(proven, Fraction(float(values.max())))
             active[chunk] &= ~wanted
             continue
         for cell, group in np.argwhere(wanted):
             d = target * fall**2
-            A = shifted(G[cell, group].T, d)
-            diagonal = float(A.diagonal().real.max())
-            if factors(A):
-                largest = max(largest, diagonal)
+            A = _certify.shifted(G[cell, group].T, d)
+            top = float(_certify.diagonal(A).max())
+            if _certify.factors(A):
+                largest = max(largest, top)
                 proven = max(proven, Fraction(d))
             elif last:
-                bound = largest_eigenvalue_bound(G[cell, group].T)
+                bound = _certify.largest_eigenvalue_bound(G[cell, group].T)
                 proven = max(proven, bound)
                 target = max(target, float(bound) / fall**2)
             else:
                 continue
             active[chunk][cell, group] = False
-    traced = n * Fraction(largest)
-    error = shift_error(largest) + factor_error(np.empty((n, n), complex), traced, largest)
+    trace, like = n * Fraction(largest), np.empty((n, n), complex)
+    error = _certify.shift_error(largest) + _certify.factor_error(like, trace, largest)
     return (proven + error + gram.error) / Fraction(fall) ** 2, target

@@ -14,7 +14,7 @@ import numpy as np
 from jsn import _certify, _symbol
 from jsn._conv import Conv
 from jsn._conv_axis import WRAPS, Axis
-from jsn._rounding import TERMS, UNIT, gamma, sqrt_up
+from jsn._rounding import TERMS, gamma, sqrt_up
 
 _POINTS = 2048
 """A circular convolution with more frequencies than this is bounded over all frequencies."""
@@ -152,7 +152,7 @@ def dense_bound(operator: Conv, K: np.ndarray) -> Fraction:
         terms = int(dense(np.ones_like(kernel[..., :1, :1]), axes).max())
         # The sum of n entries is off by at most gamma(n - 1) of the sum of their moduli.
         size = float(np.linalg.norm(moduli)) * (1 + 1e-6)
-        off = TERMS["assembly"] * gamma(terms - 1, UNIT) * Fraction(size)
+        off = TERMS["assembly"] * gamma(terms - 1) * Fraction(size)
         bounds.append(_certify.norm_bound(A, 0) + off)
     return max(bounds)
 

@@ -1,4 +1,4 @@
-"""Station 7, the linen adapter: `spectral_norm` on a module class, and `init_state`.
+"""Station 7, the linen adapter: `spectral_norm` on a module class, `init_state`, `operators`.
 
 In: a linen class. Out: the same class, whose methods see normalized weights. The state lives in
 the collection `sn_state`; whether that is mutable is the train or eval switch. Must not know
@@ -12,29 +12,33 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 from flax.core import lift, unfreeze
 from flax.core.scope import DenyList, Scope
 
 from jsn import _errors, _normalize
-from jsn._operator import Matrix
+from jsn._linen_operators import describe, tell
+from jsn._linen_operators import operators as operators
 from jsn._power import check_count
-from jsn._rules import FLAX, Observed, Rules, flatten, refined
+from jsn._read_linen import Reader, Reading
+from jsn._rules import FLAX, Rules, flatten, refined
 from jsn._types import PyTree, SNState
 
 COLLECTION = "sn_state"
 _NAME = "spectral_norm"
 """The variable, within the collection, that holds the state of a decorated module."""
 
+_READ = "operators"
+"""The rules that stand for reading the model."""
+
 _creating = contextvars.ContextVar("jsn.linen creates missing state", default=False)
 
 
 class _Settings(NamedTuple):
-    rules: Rules
+    rules: Rules | Literal["operators"]
     block_size: int
     warmup: int
     options: Mapping[str, Any]
@@ -43,7 +47,7 @@ class _Settings(NamedTuple):
 def spectral_norm(
     target: Any = None,
     *,
-    rules: Rules = FLAX,
+    rules: Rules | Literal["operators"] = FLAX,
     block_size: int = 24,
     warmup: int = 15,
     n_steps: int = 1,
@@ -61,11 +65,16 @@ def spectral_norm(
 
     With the default rules the model itself is asked for what a path cannot tell: layers stacked
     by `nn.scan` or `nn.vmap` get one sigma each, and the axes of `nn.DenseGeneral` (so of
-    attention) are those of the layer. Rules of your own are taken as they are.
+    attention) are those of the layer. Convolutions are seen as Miyato et al. do, reshaped to a
+    matrix; with `rules="operators"` every layer has its true operator norm, convolutions at the
+    input sizes of `init`: see `jsn.linen.operators`. Rules of your own are taken as they are.
+
+    Around `nn.RNN` or a whole model a recurrent kernel is normalized once for a sequence; around
+    the cell alone, once for every time step.
 
     Args:
         target: A module class such as `nn.Dense` or your own; without it, a decorator.
-        rules: See `jsn.init`.
+        rules: See `jsn.init`; or "operators", to read them from the model.
         block_size: See `jsn.init`.
         warmup: See `jsn.init`.
         n_steps: Power steps of an `apply` in which `sn_state` is mutable.
@@ -77,7 +86,7 @@ def spectral_norm(
         A class of the same name and module.
 
     Raises:
-        TypeError: If `target` is no linen module class.
+        TypeError: If `target` is no linen module class, or `rules` another word.
         ValueError: On `apply`, if there is no `sn_state`; else what `jsn.init` and
             `jsn.normalize` raise.
 
@@ -97,6 +106,8 @@ def spectral_norm(
     References:
         Miyato et al. 2018, https://arxiv.org/abs/1802.05957
     """
+    if isinstance(rules, str) and rules != _READ:
+        raise TypeError(_errors.unknown_rules(rules))
     options = {"bound": bound, "soft": soft, "scale": scale}
     settings = _Settings(rules, block_size, warmup, options)
     check_count("jsn.linen.spectral_norm", "n_steps", n_steps, 0)
@@ -107,7 +118,7 @@ def spectral_norm(
         if isinstance(cls, functools.partial):
             return functools.partial(decorate(cls.func), *cls.args, **cls.keywords)
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-            raise TypeError(_errors.not_linen(_describe(cls)))
+            raise TypeError(_errors.not_linen(describe(cls)))
         transform = functools.partial(_lift, settings=settings, n_steps=n_steps)
         functools.update_wrapper(transform, _lift)
         methods = _public_methods(cls)
@@ -164,12 +175,6 @@ def _create_missing() -> Iterator[None]:
         _creating.reset(token)
 
 
-def _describe(target: Any) -> str:
-    if isinstance(target, nn.Module):
-        return f"an instance of {type(target).__name__}"
-    return f"{target!r} ({type(target).__name__})"
-
-
 def _public_methods(cls: type[nn.Module]) -> list[str]:
     """The methods a caller may use: those that the class or its bases add to nn.Module."""
     names = {
@@ -223,19 +228,27 @@ def _call(
     creating = making or _creating.get()
     params, states, rest = (tuple(map(unfreeze, group)) for group in groups)
     made: Any = tuple({} for _ in roots)
-    observed: dict[str, Observed] = {}
+    reader = Reader()
     if creating:
-        with nn.intercept_methods(functools.partial(_observe, observed)):
+        with nn.intercept_methods(reader):
             fn(scopes, *args, **kwargs)
         new_params, new_states, _ = repack(scopes)
         states = tuple(map(unfreeze, new_states))
         made = params = tuple(map(unfreeze, new_params)) if making else params
 
+    def run(index: int, tree: PyTree) -> Any:
+        trees = (*params[:index], {"params": tree}, *params[index + 1 :])
+        scopes = scope_fn((trees, states, rest), rngs, mutable_filter=DenyList("params"))
+        return fn(scopes, *args, **kwargs)
+
     views, own = [], []
-    for root, tree, state in zip(roots, params, states, strict=True):
+    for index, (root, tree, state) in enumerate(zip(roots, params, states, strict=True)):
         raw, old = tree.get("params"), state.get(COLLECTION, {}).get(_NAME)
         if creating and raw:
-            old = _create(raw, old, settings, root.path, observed)
+            prefix = "".join(f"{name}/" for name in root.path)
+            seen_here = {path.removeprefix(prefix): x for path, x in reader.seen.items()}
+            reading = Reading(raw, seen_here, functools.partial(run, index))
+            old = _create(raw, old, settings, reading)
         if not raw or (old is None and root is not roots[0]):
             views.append(tree)  # a module passed in that has nothing to normalize
             own.append({})
@@ -275,11 +288,7 @@ def _normalized_once(
 
 
 def _create(
-    raw: PyTree,
-    old: SNState | None,
-    settings: _Settings,
-    path: tuple[str, ...],
-    observed: Mapping[str, Observed],
+    raw: PyTree, old: SNState | None, settings: _Settings, reading: Reading
 ) -> SNState | None:
     """The state of a scope at init; made anew where another method has added parameters."""
     leaves = [leaf.path for leaf in flatten(raw)[0]]
@@ -287,42 +296,8 @@ def _create(
         return old
     rules = settings.rules
     if rules is FLAX:
-        prefix = "".join(f"{name}/" for name in path)
-        rules = refined(raw, {k.removeprefix(prefix): v for k, v in observed.items()})
+        rules = refined(raw, reading.observed())
+    elif isinstance(rules, str):
+        rules, reports = reading.rules()
+        tell(reports)
     return _normalize.init(raw, rules=rules, block_size=settings.block_size, warmup=settings.warmup)
-
-
-# --- reading the model ------------------------------------------------------------------------
-
-
-def _observe(
-    observed: dict[str, Observed],
-    call_next: Callable,
-    args: Any,
-    kwargs: Any,
-    context: nn.module.InterceptorContext,
-) -> Any:
-    """A method interceptor that notes the shapes of each module's own parameters."""
-    result = call_next(*args, **kwargs)
-    module = context.module
-    if module.scope is not None:
-        for name, value in module.variables.get("params", {}).items():
-            leaves = flatten(value)[0]
-            if not isinstance(value, Mapping) and len(leaves) == 1:
-                path = "/".join((*module.scope.path, name))
-                observed[path] = Observed(np.shape(leaves[0].value), _axes_of(module, name))
-    return result
-
-
-def _axes_of(module: nn.Module, name: str) -> Matrix | None:
-    """The exact matrix of a layer that knows more about its axes than a path can tell."""
-    if isinstance(module, nn.DenseGeneral) and name == "kernel":
-        n_batch = len(_tuple(module.batch_dims))
-        n_out = len(_tuple(module.features))
-        batch = tuple(range(n_batch))
-        return Matrix(in_axis=None, out_axis=tuple(range(-n_out, 0)), batch_axis=batch)
-    return None
-
-
-def _tuple(value: Any) -> tuple:
-    return tuple(value) if hasattr(value, "__iter__") else (value,)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import errors, nnx
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import FrozenDict, freeze
 
 from jsn import _errors, _normalize
 from jsn._constrain import broadcast
@@ -352,7 +352,7 @@ def _unwrapped(call: str, copy: Any, make: Callable[[SpectralNorm], nnx.Module])
 @functools.partial(jax.jit, static_argnums=3)
 def _compiled(raw: Any, state: SNState, traced: Mapping, static: Mapping) -> tuple[Any, SNState]:
     """One compiled call where nnx runs eagerly; within a trace, part of it."""
-    return _normalize.normalize(raw, state, **traced, **unfreeze(static))
+    return _normalize.normalize(raw, state, **traced, **dict(static))
 
 
 # --- bounds and scales -----------------------------------------------------------------------

@@ -62,26 +62,27 @@ def _spectra() -> list[Problem]:
     """Problems made from their singular values."""
     two = [1.0, 1.0 - 1e-5, *np.linspace(0.9, 0.1, 30)]
     three = [2.0, 2.0, 2.0, *np.linspace(1.5, 0.1, 29)]
+    # Few shapes, because each is compiled for itself.
     made = [
         ("gap", "gap", 64, 48, [3.0, *np.linspace(2.0, 0.1, 47)]),
         ("gap_wide", "gap", 24, 80, [0.5, *np.linspace(0.3, 0.01, 23)]),
-        ("no_gap", "no_gap", 72, 64, np.linspace(1.0, 0.9, 64)),
-        ("near_tie", "near_tie", 48, 48, two),
-        ("tie_of_three", "near_tie", 48, 40, three),
-        ("crowd", "near_tie", 96, 96, [1.0] * 40 + [0.5] * 56),
-        ("decaying", "decaying", 96, 64, 5.0 * np.arange(1, 65) ** -0.7),
-        ("steep", "decaying", 40, 40, 10.0 ** -np.linspace(0, 12, 40)),
+        ("no_gap", "no_gap", 64, 48, np.linspace(1.0, 0.9, 48)),
+        ("near_tie", "near_tie", 64, 48, two),
+        ("tie_of_three", "near_tie", 64, 48, three),
+        ("crowd", "near_tie", 48, 48, [1.0] * 24 + [0.5] * 24),
+        ("decaying", "decaying", 64, 48, 5.0 * np.arange(1, 49) ** -0.7),
+        ("steep", "decaying", 48, 48, 10.0 ** -np.linspace(0, 12, 48)),
         ("orthogonal", "orthogonal", 48, 48, np.ones(48)),
-        ("orthogonal_tall", "orthogonal", 80, 30, np.full(30, 4.0)),
-        ("rank_one", "rank_one", 50, 60, [7.0]),
-        ("rank_two", "rank_deficient", 60, 50, [7.0, 6.0]),
+        ("orthogonal_tall", "orthogonal", 64, 48, np.full(48, 4.0)),
+        ("rank_one", "rank_one", 64, 48, [7.0]),
+        ("rank_two", "rank_deficient", 64, 48, [7.0, 6.0]),
         ("tall", "tall", 400, 12, np.linspace(2.0, 1.8, 12)),
         ("wide", "wide", 12, 400, np.linspace(2.0, 1.8, 12)),
         ("one_by_n", "one_by_n", 1, 33, [2.5]),
         ("n_by_one", "one_by_n", 33, 1, [2.5]),
         ("one_by_one", "one_by_n", 1, 1, [2.5]),
-        ("tiny", "ill_scaled", 40, 30, 1e-30 * np.linspace(1.0, 0.2, 30)),
-        ("huge", "ill_scaled", 40, 30, 1e30 * np.linspace(1.0, 0.2, 30)),
+        ("tiny", "ill_scaled", 64, 48, 1e-30 * np.linspace(1.0, 0.2, 48)),
+        ("huge", "ill_scaled", 64, 48, 1e30 * np.linspace(1.0, 0.2, 48)),
     ]
     return [
         Problem(name, tag, with_spectrum(seed, n, m, values), float(np.max(values)))
@@ -91,32 +92,26 @@ def _spectra() -> list[Problem]:
 
 def _closed_forms() -> list[Problem]:
     """Problems whose norm is known by a formula."""
-    n = 40
-    columns = 10.0 ** np.linspace(-8, 8, 24)
+    n = 48
+    graded = np.zeros((64, 48), np.float32)
+    np.fill_diagonal(graded, 10.0 ** np.linspace(-8, 8, 48))
     jordan = np.eye(n, k=1, dtype=np.float32)
     second = (2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)).astype(np.float32)
-    graded = np.zeros((30, 24), np.float32)
-    np.fill_diagonal(graded, columns)
-    negative = np.diag(-np.arange(20, 0, -1.0)).astype(np.float32)
+    negative = np.diag(-(np.arange(n, 0, -1.0) ** 2)).astype(np.float32)
     return [
-        Problem("zero", "zero", np.zeros((20, 30), np.float32), 0.0),
-        Problem("zero_column", "zero", np.zeros((20, 1), np.float32), 0.0),
-        Problem("ones", "rank_one", np.ones((30, 50), np.float32), float(np.sqrt(1500.0))),
+        Problem("zero", "zero", np.zeros((64, 48), np.float32), 0.0),
+        Problem("zero_column", "zero", np.zeros((33, 1), np.float32), 0.0),
+        Problem("ones", "rank_one", np.ones((64, 48), np.float32), float(np.sqrt(64 * 48))),
         Problem("nilpotent", "no_gap", jordan, 1.0),
         Problem("laplacian", "no_gap", second, float(2 + 2 * np.cos(np.pi / (n + 1)))),
         Problem("graded", "ill_scaled", graded, 1e8),
-        Problem("negative", "gap", negative, 20.0),
+        Problem("negative", "gap", negative, float(n * n)),
     ]
 
 
 def _gaussians() -> list[Problem]:
     """Problems without a formula: sigma is the oracle's own."""
-    shapes = {
-        "gaussian": (128, 128),
-        "gaussian_small": (40, 40),
-        "gaussian_tall": (200, 60),
-        "gaussian_wide": (60, 200),
-    }
+    shapes = {"gaussian": (128, 128), "gaussian_small": (64, 48)}
     weights = {name: gaussian(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     return [Problem(name, "gaussian", W, true_norm(W)) for name, W in weights.items()]
 

@@ -35,7 +35,7 @@ def ratio(problem):
 
 
 TRUE_OF_A_TAG = {
-    "gap": lambda p: ratio(p) <= 0.95,
+    "gap": lambda p: ratio(p) <= 0.96,
     "no_gap": lambda p: 0.99 <= ratio(p) < 1 or p.name == "nilpotent",
     "near_tie": lambda p: ratio(p) >= 1 - 1.1e-5,
     "rank_one": lambda p: ratio(p) < 1e-6,
@@ -46,7 +46,7 @@ TRUE_OF_A_TAG = {
     "tall": lambda p: p.W.shape[0] > 20 * p.W.shape[1],
     "wide": lambda p: p.W.shape[1] > 20 * p.W.shape[0],
     "orthogonal": lambda p: np.ptp(spectrum(p)) < 1e-6 * p.sigma,
-    "decaying": lambda p: spectrum(p)[-1] < 0.06 * p.sigma,
+    "decaying": lambda p: spectrum(p)[-1] < 0.1 * p.sigma,
     "gaussian": lambda p: 0.9 < p.W.std() < 1.1 and abs(p.W.mean()) < 0.05,
 }
 

@@ -1,6 +1,8 @@
 """With one vector, jsn follows the trajectories of torch's and of Flax's spectral normalization.
 
-Same weights, same `u`, same data, 25 steps of SGD: the weights stay equal.
+Same weights, same `u`, same data, 25 steps of SGD: the weights stay equal to 1e-4. Torch's newer
+parametrization takes its power step from `v`, not from `u`, so its sigma is half a step ahead:
+equal to 1e-3 where half a step changes little, or where jsn takes its step before it reads sigma.
 """
 
 from __future__ import annotations
@@ -60,7 +62,13 @@ def task(request):
     return request.param, Task(data(8, 4, 6, 6), data(8, 10, 4, 4), conv)
 
 
-def trained_in_jax(task: Task, params, state):
+def step_then_read(params, state):
+    """The order of torch's newer parametrization: first the power step, then sigma."""
+    _, state = jsn.normalize(lax.stop_gradient(params), state)
+    return jsn.normalize(params, state, n_steps=0)
+
+
+def trained_in_jax(task: Task, params, state, rate=LEARNING_RATE, normalize=jsn.normalize):
     """The weights after each step of SGD on weights normalized by jsn."""
 
     def step(carry, batch):
@@ -68,19 +76,19 @@ def trained_in_jax(task: Task, params, state):
         x, y = batch
 
         def loss(params):
-            normalized, new = jsn.normalize(params, state)
+            normalized, new = normalize(params, state)
             return jnp.mean((task.apply(normalized, x) - y) ** 2), new
 
         grads, state = jax.grad(loss, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
+        params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
         return (params, state), params
 
     data = (jnp.asarray(task.x), jnp.asarray(task.y))
     return jax.jit(lambda carry: lax.scan(step, carry, data))((params, state))
 
 
-def trained_in_torch(torch, layer, task: Task, raw: str):
-    optimizer = torch.optim.SGD(layer.parameters(), LEARNING_RATE)
+def trained_in_torch(torch, layer, task: Task, raw: str, rate=LEARNING_RATE):
+    optimizer = torch.optim.SGD(layer.parameters(), rate)
     weights = []
     for x, y in zip(task.x, task.y, strict=True):
         optimizer.zero_grad()
@@ -110,8 +118,7 @@ def test_25_steps_equal_those_of_torch(torch, task):
     params, state = interop.from_torch(layer.state_dict())
     expected = trained_in_torch(torch, layer, task, "weight_orig")
     (_, state), found = trained_in_jax(task, params, state)
-    moved = worst(expected[-1:], np.asarray(params["weight"])[None])
-    assert moved > 0.05, "the weights have hardly moved: this shows nothing"
+    assert worst(expected[-1:], np.asarray(params["weight"])[None]) > 0.05, "hardly moved"
     assert worst(found["weight"], expected) < 1e-4
     assert abs(np.asarray(state.u["weight"][0]) - layer.weight_u.numpy()).max() < 1e-4
 
@@ -119,9 +126,24 @@ def test_25_steps_equal_those_of_torch(torch, task):
 def test_25_steps_follow_those_of_torchs_parametrization(torch, task):
     kind, task = task
     layer = torch_layer(torch, kind, torch.nn.utils.parametrizations.spectral_norm)
+    for _ in range(300):  # a power step each, until half a step changes little
+        layer.weight  # noqa: B018
     params, state = interop.from_torch(layer.state_dict())
-    expected = trained_in_torch(torch, layer, task, "parametrizations.weight.original")
-    _, found = trained_in_jax(task, params, state)
+    raw = "parametrizations.weight.original"
+    expected = trained_in_torch(torch, layer, task, raw, rate=0.03)
+    _, found = trained_in_jax(task, params, state, rate=0.03)
+    assert worst(expected[-1:], np.asarray(params["weight"])[None]) > 0.05
+    assert worst(found["weight"], expected) < 1e-3
+
+
+def test_25_steps_in_the_order_of_torchs_parametrization(torch, task):
+    kind, task = task
+    layer = torch_layer(torch, kind, torch.nn.utils.parametrizations.spectral_norm)
+    params, state = interop.from_torch(layer.state_dict())
+    raw = "parametrizations.weight.original"
+    expected = trained_in_torch(torch, layer, task, raw, rate=0.03)
+    _, found = trained_in_jax(task, params, state, rate=0.03, normalize=step_then_read)
+    assert worst(expected[-1:], np.asarray(params["weight"])[None]) > 0.05
     assert worst(found["weight"], expected) < 1e-3
 
 
@@ -169,7 +191,7 @@ def test_25_steps_equal_those_of_flax_linen(task):
         start
     )
     kernel = np.asarray(params["layer_instance"]["kernel"])
-    assert worst(expected[-1:], kernel[None]) > 0.05, "the weights have hardly moved"
+    assert worst(expected[-1:], kernel[None]) > 0.05, "hardly moved"
     assert worst(found, expected) < 1e-4
     u = state.u["layer_instance"]["kernel"]
     assert abs(u - stats["layer_instance/kernel/u"]).max() < 1e-4

@@ -69,6 +69,9 @@ class Checkpoint:
 
 MOST_ENTRIES = 1_000_000
 """More entries than any checkpoint has."""
+LARGEST_INDEX = 16 * 2**20
+"""Bytes of a header or list of arrays: far above any real one (100 bytes an array), far below
+what would fill the memory."""
 _BOMB = 64 * 2**20
 _RATIO = 100
 

@@ -32,7 +32,9 @@ from jsn._files._entry import (
 )
 
 _DEEPEST = 64
-_LONGEST_KEY = 2**16
+_LONGEST_KEY = 2**10
+_LONGEST_NAMES = 2**26
+"""Of all names together: nested maps repeat the keys above them in each."""
 _CHUNKED = "__msgpack_chunked_array__"
 
 
@@ -76,7 +78,7 @@ class _Walk:
 
     def __init__(self, file: BinaryIO, size: int, checkpoint: Checkpoint):
         self.file, self.size, self.checkpoint = file, size, checkpoint
-        self.at, self.last, self.values = 0, "", 0
+        self.at, self.last, self.values, self.named = 0, "", 0, 0
 
     def take(self, n: int) -> bytes:
         self.skip(n)
@@ -132,6 +134,9 @@ class _Walk:
         if len(path) > _DEEPEST or self.values > MOST_ENTRIES:
             raise Unreadable(f"is nested deeper than {_DEEPEST} or has over {MOST_ENTRIES} values")
         self.last = "/".join(path)
+        self.named += len(self.last)
+        if self.named > _LONGEST_NAMES:
+            raise Unreadable(f"has names of over {_LONGEST_NAMES} characters: refused")
         kind, length = self.token()
         if kind == "map":
             self.map(path, length)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jsn._files._entry import (
     DTYPES,
-    MOST_ENTRIES,
+    LARGEST_INDEX,
     Checkpoint,
     Entry,
     Unreadable,
@@ -61,6 +61,7 @@ def index(file: BinaryIO, size: int, checkpoint: Checkpoint) -> None:
 
 
 def _members(file: BinaryIO, size: int, checkpoint: Checkpoint) -> list[_Member]:
+    _check_list(file, size)
     try:
         archive = zipfile.ZipFile(file)
     except Exception as error:  # also ValueError, OverflowError, NotImplementedError, struct.error
@@ -69,9 +70,7 @@ def _members(file: BinaryIO, size: int, checkpoint: Checkpoint) -> list[_Member]
             raise Unreadable(f"is no .npz file: {shorten(str(error))}") from None
         checkpoint.problems.append(("", "is cut off or corrupt: the list at its end is missing"))
         return found
-    found = archive.infolist()[: MOST_ENTRIES + 1]
-    if len(found) > MOST_ENTRIES:
-        raise Unreadable(f"has more than {MOST_ENTRIES} entries: refused")
+    found = archive.infolist()
     return [
         _Member(
             *(x.filename, x.header_offset, x.compress_size, x.file_size, x.compress_type, x.CRC),
@@ -79,6 +78,18 @@ def _members(file: BinaryIO, size: int, checkpoint: Checkpoint) -> list[_Member]
         )
         for x in found
     ]
+
+
+def _check_list(file: BinaryIO, size: int) -> None:
+    """Refuses an archive whose list of members alone would fill the memory."""
+    file.seek(max(0, size - 2**16 - 98))
+    tail = file.read()
+    end, zip64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    length = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    if length == 2**32 - 1 and zip64 >= 0:
+        length = int.from_bytes(tail[zip64 + 40 : zip64 + 48], "little")
+    if LARGEST_INDEX < length <= size:
+        raise Unreadable(f"has a list of members of {length} bytes: refused")
 
 
 _LOCAL = struct.Struct("<4s5H3L2H")

@@ -16,6 +16,7 @@ import numpy as np
 from jsn import _errors
 from jsn._files._entry import (
     DTYPES,
+    LARGEST_INDEX,
     MOST_ENTRIES,
     Checkpoint,
     Entry,
@@ -26,7 +27,6 @@ from jsn._files._entry import (
 )
 
 _METADATA = "_METADATA"
-_LARGEST_METADATA = 64 * 2**20
 _SECONDS = 600
 
 
@@ -75,8 +75,8 @@ def _locate(directory: pathlib.Path) -> pathlib.Path:
 
 def _metadata(path: pathlib.Path) -> tuple[list[tuple[str, ...]], bool, bool]:
     """The keys of all arrays, and how they are stored."""
-    if path.stat().st_size > _LARGEST_METADATA:
-        raise Unreadable(f"has a {_METADATA} of more than {_LARGEST_METADATA} bytes: refused")
+    if path.stat().st_size > LARGEST_INDEX:
+        raise Unreadable(f"has a {_METADATA} of more than {LARGEST_INDEX} bytes: refused")
     try:
         content: Any = json.loads(path.read_bytes())
         leaves = [

@@ -16,6 +16,7 @@ import numpy as np
 
 from jsn._files._entry import (
     DTYPES,
+    LARGEST_INDEX,
     Checkpoint,
     Entry,
     Unreadable,
@@ -23,9 +24,6 @@ from jsn._files._entry import (
     check_shape,
     shorten,
 )
-
-LONGEST_HEADER = 16 * 2**20
-"""Far above any real one (100 bytes a tensor), far below what would fill the memory."""
 
 _NAMES = {
     "F64": "float64",
@@ -86,8 +84,8 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise Unreadable(f"is no safetensors file: it has {size} bytes, and the header takes 8")
     if length > size - 8:
         raise Unreadable(f"is cut off or no safetensors file: the header claims {length} bytes")
-    if length > LONGEST_HEADER:
-        raise Unreadable(f"has a header of {length} bytes, more than {LONGEST_HEADER}: refused")
+    if length > LARGEST_INDEX:
+        raise Unreadable(f"has a header of {length} bytes, more than {LARGEST_INDEX}: refused")
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:

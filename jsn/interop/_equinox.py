@@ -50,7 +50,7 @@ def from_equinox(
         ValueError: If the state does not belong to the model, or there is no wrapper.
         ImportError: If Equinox is not installed.
 
-    Example:
+    Examples:
         ```python
         import equinox as eqx, jax, jax.numpy as jnp, jsn
 
@@ -111,7 +111,7 @@ def to_equinox(params: PyTree, state: Any, model: PyTree, eqx_state: Any) -> tup
             template do not normalize the same weights, or Equinox cannot express an operator.
         ImportError: If Equinox is not installed.
 
-    Example:
+    Examples:
         ```python
         import equinox as eqx, jax, jsn
 

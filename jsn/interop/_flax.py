@@ -119,7 +119,7 @@ def to_flax_linen(params: PyTree, state: Any, batch_stats: Any) -> Any:
     return write(call, _LINEN, params, state, batch_stats, where)
 
 
-def from_flax_nnx(model: Any, *, rules: Any = (), block_size: int = 1) -> tuple[nnx.State, SNState]:
+def from_flax_nnx(model: Any, *, rules: Any = (), block_size: int = 1) -> tuple[PyTree, SNState]:
     """Takes the weights and their state out of an nnx model with `nnx.SpectralNorm` in it.
 
     Note that nnx.SpectralNorm overwrites its weights with normalized ones on every call, so
@@ -164,7 +164,7 @@ def from_flax_nnx(model: Any, *, rules: Any = (), block_size: int = 1) -> tuple[
     return params, take_over(call, params, known, rules, block_size)
 
 
-def to_flax_nnx(params: PyTree, state: Any, model: Any) -> nnx.State:
+def to_flax_nnx(params: PyTree, state: Any, model: Any) -> PyTree:
     """Writes weights and their state for an nnx model with `nnx.SpectralNorm` in it.
 
     Flax always normalizes to 1: where you use another `bound`, or `soft`, or a `scale`, leave
@@ -264,7 +264,7 @@ def _variables(call: str, model: Any) -> tuple[_Variables, _Variables]:
     return params, {path: x for path, x in found.items() if isinstance(x, nnx.BatchStat)}
 
 
-def _nested(variables: Mapping[tuple, nnx.Variable]) -> nnx.State:
+def _nested(variables: Mapping[tuple, nnx.Variable]) -> PyTree:
     """A state of new variables: those of nnx.state are the model's own."""
     tree: dict[Any, Any] = {}
     for (*scope, name), variable in variables.items():

@@ -1,0 +1,250 @@
+"""Station 5: hard, soft, learned scale, trees of bounds, and the gradients of all of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matrices import gaussian, named, true_norm, with_spectrum
+
+import jsn
+from jsn import Matrix
+
+X64 = jax.config.jax_enable_x64
+normalize = jax.jit(jsn.normalize, static_argnames=("n_steps", "soft"))
+
+PARAMS = {
+    "enc": {"kernel": jnp.asarray(named("gap").W), "bias": jnp.ones(48)},  # norm 3
+    "dec": {"kernel": jnp.asarray(named("decaying").W), "bias": jnp.ones(48)},  # norm 5
+}
+
+
+@pytest.fixture(scope="module")
+def state():
+    state = jsn.init(PARAMS)
+    for _ in range(40):
+        _, state = normalize(PARAMS, state)
+    return state
+
+
+def norms(normalized):
+    return [true_norm(normalized[name]["kernel"]) for name in ("enc", "dec")]
+
+
+# --- hard, soft, scale ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (1, 1)),
+        ({"bound": 2.5}, (2.5, 2.5)),
+        ({"bound": 4}, (4, 4)),
+        ({"bound": 1e-20}, (1e-20, 1e-20)),
+        ({"soft": True}, (1, 1)),
+        ({"soft": True, "bound": 4}, (3, 4)),
+        ({"soft": True, "bound": np.inf}, (3, 5)),
+        ({"scale": 2.0}, (2, 2)),
+        ({"scale": -2.0, "bound": 3.0}, (6, 6)),
+        ({"scale": 0.5, "bound": 4.0, "soft": True}, (1.5, 2)),
+        ({"bound": {"enc": 2.0, "dec": 3.0}}, (2, 3)),
+        ({"bound": {"enc": {"kernel": 2.0, "bias": None}, "dec": 3.0}}, (2, 3)),
+        ({"scale": {"enc": 2.0, "dec": None}}, (2, 1)),
+        ({"bound": {"enc": 2.0, "dec": 3.0}, "scale": {"enc": None, "dec": 0.5}}, (2, 1.5)),
+    ],
+    ids=str,
+)
+def test_norms_are_what_is_asked_for(state, options, expected):
+    soft = options.pop("soft", False) if (options := dict(options)) else False
+    normalized, _ = normalize(PARAMS, state, soft=soft, **options)
+    assert np.allclose(norms(normalized), expected, rtol=2e-6, atol=0)
+    for name in ("enc", "dec"):
+        assert np.array_equal(normalized[name]["bias"], PARAMS[name]["bias"])
+
+
+def test_soft_leaves_a_small_weight_exactly_as_it_is(state):
+    normalized, _ = normalize(PARAMS, state, soft=True, bound=4.0)
+    assert np.array_equal(normalized["enc"]["kernel"], PARAMS["enc"]["kernel"])
+    assert not np.array_equal(normalized["dec"]["kernel"], PARAMS["dec"]["kernel"])
+
+
+def test_a_negative_scale_turns_the_sign(state):
+    plus, _ = normalize(PARAMS, state, scale=1.5)
+    minus, _ = normalize(PARAMS, state, scale=-1.5)
+    assert np.array_equal(plus["enc"]["kernel"], -minus["enc"]["kernel"])
+
+
+@pytest.mark.parametrize("form", [float, np.float32, jnp.float32, np.array, jnp.array])
+def test_a_static_bound_may_be_any_number(state, form):
+    normalized, _ = jsn.normalize(PARAMS, state, n_steps=0, bound=form(2.0), scale=form(1.5))
+    assert np.allclose(norms(normalized), 3.0, rtol=1e-5)
+
+
+def test_a_traced_bound_is_not_compiled_in(state):
+    traces = []
+
+    @jax.jit
+    def step(bound, scale):
+        traces.append(1)
+        return jsn.normalize(PARAMS, state, bound=bound, scale=scale)[0]
+
+    for bound, scale in ((2.0, 1.0), (3.0, 2.0)):
+        assert np.allclose(norms(step(bound, scale)), bound * scale, rtol=2e-6)
+        tree = {"enc": jnp.float32(bound), "dec": jnp.float32(1.0)}
+        assert np.allclose(norms(step(tree, scale)), [bound * scale, scale], rtol=2e-6)
+    assert len(traces) == 2
+
+
+def test_each_matrix_of_a_stack_may_have_its_own_bound():
+    W = np.stack([named("gap").W, named("decaying").W])
+    params = {"kernel": jnp.asarray(W)}
+    state = jsn.init(params, rules=[("kernel", Matrix(batch_axis=0))], warmup=60)
+    for bound in (np.array([2.0, 4.0]), jnp.array([2.0, 4.0]), {"kernel": np.array([2.0, 4.0])}):
+        normalized, _ = normalize(params, state, bound=bound)
+        assert np.allclose([true_norm(w) for w in normalized["kernel"]], [2, 4], rtol=2e-6)
+    soft, _ = normalize(params, state, bound=np.array([4.0, 2.0]), soft=True)
+    assert np.array_equal(soft["kernel"][0], W[0])
+    assert np.isclose(true_norm(soft["kernel"][1]), 2, rtol=2e-6)
+
+
+def test_a_box_is_a_leaf_of_a_prefix_too(state):
+    box = lambda W: nn.Partitioned(W, names=(None, "x"))
+    params = jax.tree.map(lambda x: x, PARAMS)
+    params["enc"]["kernel"] = box(params["enc"]["kernel"])
+    for bound in ({"enc": 2.0, "dec": 1.0}, {"enc": {"kernel": 2.0, "bias": 9.0}, "dec": 1.0}):
+        normalized, _ = jsn.normalize(params, state, n_steps=0, bound=bound)
+        assert np.isclose(true_norm(normalized["enc"]["kernel"].value), 2.0, rtol=1e-5)
+
+
+# --- gradients ------------------------------------------------------------------------------
+
+COSTS = {name: gaussian(seed, 64, 48) for seed, name in enumerate(("enc", "dec"))}
+
+
+def loss(params, state, **options):
+    normalized, _ = jsn.normalize(params, state, **options)
+    return sum(jnp.vdot(COSTS[name], jnp.sin(normalized[name]["kernel"])) for name in COSTS)
+
+
+def exact_loss(params, bound=1.0, soft=False, scale=1.0):
+    """The same in float64, with the true norm."""
+    total = 0.0
+    for name, cost in COSTS.items():
+        W = np.asarray(params[name]["kernel"], np.float64)
+        sigma = true_norm(W)
+        factor = min(1.0, bound / sigma) if soft else bound / sigma
+        total += np.sum(cost * np.sin(W * factor * scale))
+    return total
+
+
+OPTIONS = [
+    {},
+    {"bound": 2.5},
+    {"soft": True, "bound": 4.0},  # active for one weight, not for the other
+    {"bound": 2.0, "scale": 1.7},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_are_float64_finite_differences(state, options):
+    gradient = jax.jit(jax.grad(functools.partial(loss, **options)))(PARAMS, state)
+    for seed, name in enumerate(COSTS):
+        direction = gaussian(10 + seed, 64, 48).astype(np.float64)
+        moved = []
+        for step in (1e-6, -1e-6):
+            W = np.asarray(PARAMS[name]["kernel"], np.float64) + step * direction
+            moved.append(exact_loss({**PARAMS, name: {"kernel": W}}, **options))
+        exact = (moved[0] - moved[1]) / 2e-6
+        found = np.sum(np.asarray(gradient[name]["kernel"], np.float64) * direction)
+        assert np.isclose(found, exact, rtol=2e-5)
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 3])
+def test_under_the_hard_constraint_the_gradient_is_orthogonal_to_the_weight(state, n_steps):
+    """The loss does not change along W; this holds for any stored block, true or not."""
+    for start in (state, jsn.init(PARAMS, block_size=2, warmup=0)):
+        function = functools.partial(loss, n_steps=n_steps)
+        gradient = jax.jit(jax.grad(function))(PARAMS, start)
+        for name in COSTS:
+            W = np.asarray(PARAMS[name]["kernel"], np.float64)
+            G = np.asarray(gradient[name]["kernel"], np.float64)
+            assert abs(np.sum(G * W)) < 2e-6 * np.linalg.norm(G) * np.linalg.norm(W)
+
+
+def test_bound_and_scale_have_gradients(state):
+    def of(bound, scale):
+        return loss(PARAMS, state, bound=bound, scale=scale)
+
+    found = jax.jit(jax.grad(of, argnums=(0, 1)))(2.0, 1.5)
+    for index, exact in enumerate(
+        (
+            (exact_loss(PARAMS, 2.0 + 1e-6, scale=1.5) - exact_loss(PARAMS, 2.0 - 1e-6, scale=1.5)),
+            (exact_loss(PARAMS, 2.0, scale=1.5 + 1e-6) - exact_loss(PARAMS, 2.0, scale=1.5 - 1e-6)),
+        )
+    ):
+        assert np.isclose(found[index], exact / 2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("exponent", [-100, -70, 70, 100])
+def test_gradients_know_no_scale(state, exponent, soft):
+    """W and bound scaled: the gradient scales exactly, nothing overflows on the way."""
+    scale = 2.0**exponent
+    bound = jnp.float32(4 * scale) if soft else 1.0
+    scaled = jax.tree.map(lambda W: W * scale, PARAMS)
+    cost = COSTS["dec"]
+
+    def linear(params, bound):
+        normalized, _ = jsn.normalize(params, state, soft=soft, bound=bound)
+        return jnp.vdot(cost, normalized["dec"]["kernel"]) + jnp.vdot(
+            cost, normalized["enc"]["kernel"]
+        )
+
+    gradient = jax.jit(jax.grad(linear))
+    expected = gradient(PARAMS, 4.0 if soft else 1.0)
+    found = gradient(scaled, bound)
+    for name in COSTS:
+        G = np.asarray(expected[name]["kernel"], np.float64) / (1 if soft else scale)
+        assert np.allclose(found[name]["kernel"], G, rtol=1e-4, atol=1e-6 * np.abs(G).max())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_zero_has_a_finite_gradient(soft):
+    zero = {"kernel": jnp.zeros((5, 4))}
+    state = jsn.init(zero, warmup=0)
+    cost = gaussian(20, 5, 4)
+    function = lambda p: jnp.vdot(cost, jsn.normalize(p, state, soft=soft)[0]["kernel"])
+    gradient = jax.jit(jax.grad(function))(zero)["kernel"]
+    assert np.allclose(gradient, cost)  # zero is left alone, as if sigma were 1
+
+
+def test_the_state_carries_no_gradient(state):
+    def of_the_state(params):
+        return sum(jnp.sum(u**3) for u in jax.tree.leaves(jsn.normalize(params, state)[1]))
+
+    assert not any(np.any(G) for G in jax.tree.leaves(jax.jit(jax.grad(of_the_state))(PARAMS)))
+
+
+def test_forward_mode_agrees_with_reverse_mode(state):
+    direction = jax.tree.map(lambda W: jnp.asarray(gaussian(21, *W.shape)), PARAMS)
+    function = functools.partial(loss, state=state)
+    _, forward = jax.jit(lambda p, d: jax.jvp(function, (p,), (d,)))(PARAMS, direction)
+    gradient = jax.jit(jax.grad(function))(PARAMS)
+    backward = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    assert np.isclose(forward, backward, rtol=1e-4)
+
+
+# --- dtypes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", *(["float64"] if X64 else [])])
+def test_bound_and_scale_do_not_change_the_dtype_of_a_weight(dtype):
+    params = {"kernel": jnp.asarray(with_spectrum(22, 8, 6, [3.0, 2.0, 1.0])).astype(dtype)}
+    state = jsn.init(params, warmup=2)
+    for value in (np.float64(1.5), jnp.float32(1.5), 3):
+        normalized, _ = normalize(params, state, bound=value, scale=value, soft=True)
+        assert normalized["kernel"].dtype == dtype
+        gradient = jax.grad(lambda p, v=value: normalize(p, state, bound=v)[0]["kernel"].sum())
+        assert gradient(params)["kernel"].dtype == dtype
