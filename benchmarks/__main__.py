@@ -5,6 +5,7 @@ import importlib
 
 BENCHMARKS = {
     "truth": "how true the norms are during training, for each block size, and at what cost",
+    "bounds": "how close proven bounds are, and what they cost beside an SVD",
 }
 """Modules of this package with a `main(argv)`, in the order in which they run."""
 

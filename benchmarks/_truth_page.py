@@ -282,7 +282,7 @@ def _draw_task(
             if key[1] == form:
                 _label(axes, key, left, up, default)
     target = TARGETS[task]
-    axes.axhline(target, color="#3a3a3a", linewidth=0.7, zorder=0)
+    axes.axhline(target, color="#3a3a3a", linewidth=0.9, zorder=2)
     axes.annotate(
         f"{100 * target:.0f} %",
         (1, target),

@@ -51,7 +51,7 @@ FULL = {
 }
 SMOKE = {
     "tasks": ("digits", "critic", "teacher"),
-    "methods": (("flax", 1), ("lobpcg", 24), ("subspace", 8)),
+    "methods": (("flax", 1), ("lobpcg", 32), ("subspace", 8)),
     "seeds": 1,
     "steps": 32,
     "first": 16,

@@ -17,9 +17,12 @@ from sklearn.model_selection import train_test_split
 
 N_CLASSES = 10
 
+Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Mean `(d,)` and covariance `(d, d)`."""
+
 
 class Digits(NamedTuple):
-    """Pictures of shape `(n, 8, 8, 1)` with pixels in [-1, 1], and their labels."""
+    """Pictures of shape `(n, 8, 8, 1)` with pixels in [-1, 1], and the digits they show."""
 
     images: NDArray[np.float32]
     labels: NDArray[np.int32]
@@ -29,8 +32,8 @@ class Scores(NamedTuple):
     """How good a set of pictures is.
 
     Attributes:
-        frechet: distance to the real digits in the classifier's feature space; lower is better.
-        accuracy: share of the pictures the classifier reads as their label; higher is better.
+        frechet: Distance to the real digits in the classifier's feature space; lower is better.
+        accuracy: Share of pictures that the classifier reads as their label; higher is better.
     """
 
     frechet: float
@@ -38,7 +41,7 @@ class Scores(NamedTuple):
 
 
 def load_split(seed: int) -> tuple[Digits, Digits]:
-    """Load the real digits: 75 % to train on, 25 % held out, both with all classes."""
+    """Loads the real digits: 75 % to train on and 25 % held out, every class in both."""
     bunch = load_digits()
     images = (bunch.images[..., None] / 8.0 - 1.0).astype(np.float32)
     labels = bunch.target.astype(np.int32)
@@ -49,73 +52,76 @@ def load_split(seed: int) -> tuple[Digits, Digits]:
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that returns logits and the features under them."""
+    """A small convolutional network: logits, and the features under them."""
 
     n_features: int = 32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = nn.relu(nn.Conv(32, (3, 3))(images))
-        x = nn.relu(nn.Conv(64, (3, 3), strides=(2, 2))(x))
+        x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
         features = nn.relu(nn.Dense(self.n_features)(x.reshape(len(x), -1)))
         return nn.Dense(N_CLASSES)(features), features
 
 
 def train_classifier(digits: Digits, seed: int, steps: int = 400, batch_size: int = 128) -> Any:
-    """Train the classifier with Adam and return its parameters."""
+    """Trains the classifier with Adam and returns its parameters."""
     model, optimizer = Classifier(), optax.adam(2e-3)
-    key, init_key = jax.random.split(jax.random.key(seed))
     images, labels = jnp.asarray(digits.images), jnp.asarray(digits.labels)
+    init_key, data_key = jax.random.split(jax.random.key(seed))
 
     def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
         logits, _ = model.apply({"params": params}, images[rows])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
-    def step(carry: tuple[Any, Any], step_key: jax.Array) -> tuple[tuple[Any, Any], None]:
-        params, opt_state = carry
-        rows = jax.random.randint(step_key, (batch_size,), 0, len(images))
+    @jax.jit
+    def train_step(params: Any, opt_state: Any, key: jax.Array) -> tuple[Any, Any]:
+        rows = jax.random.randint(key, (batch_size,), 0, len(images))
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, rows), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
+        return optax.apply_updates(params, updates), opt_state
 
-    params = model.init(init_key, images[:1])["params"]
-    start = (params, optimizer.init(params))
-    (params, _), _ = jax.jit(lambda c, keys: jax.lax.scan(step, c, keys))(
-        start, jax.random.split(key, steps)
-    )
+    params = jax.jit(model.init)(init_key, images[:1])["params"]
+    opt_state = optimizer.init(params)
+    for key in jax.random.split(data_key, steps):
+        params, opt_state = train_step(params, opt_state, key)
     return params
 
 
 class Judge:
-    """A trained classifier that scores pictures against the real training digits."""
+    """A trained classifier that compares pictures with the real digits it was trained on."""
 
     def __init__(self, train: Digits, seed: int) -> None:
         self._params = train_classifier(train, seed)
         self._classify = jax.jit(lambda params, x: Classifier().apply({"params": params}, x))
-        self._real_moments = moments(self._features(train.images)[1])
-
-    def _features(self, images: NDArray[np.float32]) -> tuple[NDArray, NDArray]:
-        logits, features = self._classify(self._params, images)
-        return np.asarray(logits), np.asarray(features, dtype=np.float64)
+        self._real = moments(self._read(train.images)[1])
 
     def score(self, pictures: Digits) -> Scores:
-        """Score pictures; their labels are the digits they are meant to show."""
-        logits, features = self._features(pictures.images)
-        accuracy = float(np.mean(logits.argmax(axis=1) == pictures.labels))
-        return Scores(frechet_distance(moments(features), self._real_moments), accuracy)
+        """Scores pictures; their labels are the digits they are meant to show."""
+        guesses, features = self._read(pictures.images)
+        accuracy = float(np.mean(guesses == pictures.labels))
+        return Scores(frechet_distance(moments(features), self._real), accuracy)
+
+    def _read(self, images: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        logits, features = self._classify(self._params, images)
+        return np.asarray(logits).argmax(axis=1), np.asarray(features, dtype=np.float64)
 
 
-def moments(features: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+def moments(features: NDArray[np.float64]) -> Moments:
     """Mean and covariance of features of shape `(n, d)`."""
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
-def frechet_distance(p: tuple[NDArray, NDArray], q: tuple[NDArray, NDArray]) -> float:
-    """Frechet distance between two Gaussians, each given by mean and covariance.
+def frechet_distance(p: Moments, q: Moments) -> float:
+    """Fréchet distance between two Gaussians (Heusel et al. 2017, arXiv:1706.08500).
 
-    `|m_p - m_q|^2 + tr(C_p + C_q - 2 (C_p C_q)^(1/2))` (Heusel et al. 2017, arXiv:1706.08500).
+    It is `|m_p - m_q|^2 + tr(C_p + C_q - 2 (C_p C_q)^(1/2))`, and NaN where `p` or `q` is not
+    finite.
     """
     (mean_p, cov_p), (mean_q, cov_q) = p, q
-    # The eigenvalues of C_p C_q are real and not negative, but for rounding.
-    eigenvalues = np.linalg.eigvals(cov_p @ cov_q).real.clip(min=0.0)
-    trace = np.trace(cov_p) + np.trace(cov_q) - 2.0 * np.sqrt(eigenvalues).sum()
-    return float(np.sum((mean_p - mean_q) ** 2) + trace)
+    product = cov_p @ cov_q
+    if not np.isfinite(product).all():
+        return float("nan")
+    # The eigenvalues of a product of two covariances are real and not negative, up to rounding.
+    trace_of_root = np.sqrt(np.linalg.eigvals(product).real.clip(min=0.0)).sum()
+    squared_shift = np.sum((mean_p - mean_q) ** 2)
+    return float(squared_shift + np.trace(cov_p) + np.trace(cov_q) - 2.0 * trace_of_root)

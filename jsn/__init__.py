@@ -14,6 +14,7 @@ inside a Flax module.
 from jsn import interop as interop
 from jsn import linen as linen
 from jsn import nnx as nnx
+from jsn import optim as optim
 from jsn._audit import audit as audit
 from jsn._bounds import upper_bound as upper_bound
 from jsn._conv import Conv as Conv

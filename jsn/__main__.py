@@ -83,13 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which leaves are weights, and as what; may be repeated",
     )
     audit.set_defaults(run=_audit)
-    demo = commands.add_parser("demo", help="train a small GAN with and without jsn")
-    demo.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    help_ = "train a small GAN with and without jsn; options are those of examples/demo.py"
+    demo = commands.add_parser("demo", help=help_, add_help=False)
     demo.set_defaults(run=_demo)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in any script, on any terminal
-    options = parser.parse_args(argv)
+    options, options.rest = parser.parse_known_args(argv)
+    if options.rest and options.run is _audit:
+        audit.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -112,7 +114,7 @@ def _audit(options: argparse.Namespace) -> int:
     try:
         for out in (options.json, options.plot):
             if out is not None:
-                _check_writable(pathlib.Path(out))
+                _check_writable(pathlib.Path(out), pathlib.Path(options.file))
         with open_checkpoint(options.file) as checkpoint:
             audit, problems = _read(checkpoint, options)
     except (Unreadable, ImportError) as error:
@@ -135,9 +137,11 @@ def _audit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(path: pathlib.Path) -> None:
+def _check_writable(path: pathlib.Path, source: pathlib.Path) -> None:
     if not path.parent.is_dir() or path.is_dir():
         raise Unreadable(f"not audited: {path} cannot be written")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise Unreadable(f"not audited: {path} would be overwritten")
 
 
 def _read(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[Audit, list[Problem]]:
@@ -247,7 +251,7 @@ def _demo(options: argparse.Namespace) -> int:
             "jsn demo: the demo is not part of the installed package: clone the repository of jsn "
             "and run `make demo` there"
         )
-    return subprocess.run([sys.executable, str(script), *options.arguments], check=False).returncode
+    return subprocess.run([sys.executable, str(script), *options.rest], check=False).returncode
 
 
 if __name__ == "__main__":

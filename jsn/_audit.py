@@ -21,7 +21,7 @@ import numpy as np
 from jsn import _normalize, _report, _rules
 from jsn._errors import Problem
 from jsn._files import Checkpoint, Entry, Unreadable
-from jsn._measure import Row, measure, scan
+from jsn._measure import NOT_FINITE, Row, measure, scan
 from jsn._rounding import float_up
 from jsn._rules import FLAX, TORCH, Leaf, Rules, assign
 from jsn._types import Operator, PyTree
@@ -68,8 +68,9 @@ class Audit:
     def product(self) -> float:
         """The product of all bounds, rounded up; NaN where one is missing or not finite.
 
-        It bounds the l2 Lipschitz constant of a plain chain of these weights with activations
-        that stretch nothing. For anything else there is `jsn.lipschitz_bound`.
+        It bounds the l2 Lipschitz constant of a plain chain of these maps, as they are viewed,
+        with activations that stretch nothing. A convolution counts only where its view is
+        `jsn.Conv`. For anything but such a chain there is `jsn.lipschitz_bound`.
         """
         bounds = [np.nan if row.bound is None else row.bound for row in self.rows]
         factors = np.concatenate([np.ravel(bound) for bound in bounds]) if bounds else np.ones(0)
@@ -169,10 +170,12 @@ def _by_name(leaf: Leaf) -> list:
 
 
 def _left_alone(path: str, value: Any, note: str = "") -> LeftAlone:
+    if jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended):  # keys of jax.random
+        return LeftAlone(path, value.shape, str(value.dtype), value.nbytes, note)
     x = np.asarray(value)
     warnings = ()
     if jnp.issubdtype(x.dtype, jnp.floating) and (not_finite := scan(x)[0]):
-        warnings = (f"not finite: {not_finite} of {x.size} entries are NaN or infinite",)
+        warnings = (f"{NOT_FINITE}: {not_finite} of {x.size} entries are NaN or infinite",)
     return LeftAlone(path, x.shape, x.dtype.name, x.nbytes, note, warnings)
 
 
@@ -224,7 +227,7 @@ def audit_entries(
             value = entry.read()
             if operator is not None:
                 rows.append(measure(leaf.path, value, operator))
-                problems += [(leaf.path, x) for x in rows[-1].warnings if x.startswith("not fin")]
+                problems += [(leaf.path, x) for x in rows[-1].warnings if x.startswith(NOT_FINITE)]
             else:
                 rest.append(_left_alone(leaf.path, value, note))
                 if rest[-1].warnings and np.isnan(value).any():

@@ -92,6 +92,8 @@ def _on_smaller_side(operator: Matrix, W: Weight, factor: Callable[[Array], Arra
     gram = contract(W, W, (other, other), (batch, batch))  # (*batch, *side, *side)
     n, n_batch = min(sizes), len(batch)
     M = factor(gram.reshape(*gram.shape[:n_batch], n, n)).reshape(gram.shape)
-    y = contract(W, M, (side, tuple(range(n_batch, n_batch + len(side)))), (batch, tuple(range(n_batch))))
+    y = contract(
+        W, M, (side, tuple(range(n_batch, n_batch + len(side)))), (batch, tuple(range(n_batch)))
+    )
     order = (*batch, *other, *side)  # of the axes of y
     return jnp.transpose(y, [order.index(axis) for axis in range(W.ndim)])

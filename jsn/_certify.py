@@ -41,6 +41,8 @@ def norm_bound(matrix: np.ndarray, exponent: int) -> Fraction:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     G, depth = gram(matrix, exponent)
+    if not diagonal(G).any():  # sums of squares that cannot underflow: all entries are 0
+        return dropped(matrix.size)
     proven = largest_eigenvalue_bound(G) + gram_error(G, depth)
     return sqrt_up(proven) + dropped(matrix.size)
 
@@ -105,7 +107,7 @@ def guesses(G: np.ndarray) -> Iterator[float]:
     if len(G) > _DENSE:
         estimate = top(G)
         yield from (estimate * (1 + floor + excess) for excess in (2e-10, 1e-8))
-    exact = float(np.linalg.eigvalsh(G)[-1])
+    exact = max(float(np.linalg.eigvalsh(G)[-1]), float(diagonal(G).max()))
     yield from (exact * (1 + floor + 10.0**k) for k in (-10, -8, -6, -4, -2, 0, 2, 4, 8))
 
 

@@ -30,12 +30,23 @@ def constrain(
     dtype = jnp.promote_types(W.dtype, jnp.float32)
     sigma = sigma.astype(dtype)
     bound = jnp.asarray(bound, dtype)
-    factor = bound / jnp.where(sigma == 0, 1, sigma)
-    if soft:
-        factor = jnp.where(sigma > bound, factor, jnp.ones_like(factor))
+    scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
+    factor = _quotient(jnp.where(scaled, bound, 1), jnp.where(scaled, sigma, 1))
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
     return (W.astype(dtype) * operator.spread(factor, W.shape)).astype(W.dtype)
+
+
+@jax.custom_jvp
+def _quotient(bound: Sigma, sigma: Sigma) -> Sigma:
+    return bound / sigma
+
+
+@_quotient.defjvp
+def _(primals, tangents):
+    """Without the square of sigma, which over- or underflows where sigma does not."""
+    quotient = primals[0] / primals[1]
+    return quotient, tangents[0] / primals[1] - quotient * (tangents[1] / primals[1])
 
 
 def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:
@@ -45,7 +56,7 @@ def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[
         ValueError: If a value known at trace time is no number (a bound: no number above 0) or
             does not broadcast to the leaf's sigmas, by path; or if the tree is no prefix.
     """
-    if value is None:
+    if value is None and name == "scale":
         return [None] * len(leaves)
     values = broadcast(call, name, value, params)
     problems = [

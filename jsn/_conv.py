@@ -2,8 +2,8 @@
 
 In: a kernel, and all that its layer does with it: the size of its input, strides, padding,
 dilation, groups. Out: products of the convolution itself, and of its transpose, with blocks of
-images; the block axis is the batch axis of the convolution, and nothing is flattened. Must not
-know about rules, trees, power iteration, state or any layer class.
+images; the block axis is the batch axis of the convolution, and nothing is flattened.
+Must not know about rules, trees, power iteration, state or any layer class.
 """
 
 from __future__ import annotations
@@ -265,7 +265,8 @@ class Conv:
 
 def _transposed(fn: Callable[[Array], Array], shape: tuple[int, ...], y: Array) -> Array:
     """Applies the transpose of a linear function of arrays of this shape."""
-    return jax.linear_transpose(fn, jax.ShapeDtypeStruct(shape, y.dtype))(y)[0]
+    place = None if explicit_spec(y) is None else jax.typeof(y).sharding
+    return jax.linear_transpose(fn, jax.ShapeDtypeStruct(shape, y.dtype, sharding=place))(y)[0]
 
 
 def _in_turn(run: Callable, W: Array, x: Array) -> Array:

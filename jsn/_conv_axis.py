@@ -1,8 +1,8 @@
 """Station 2. One spatial axis of a convolution: where its windows lie, and what pads it.
 
 In: the size of an axis, and window, stride, dilation and padding along it. Out: padding in the
-terms of `lax`, forward and transposed, sizes, and what follows from how windows lie. Must not
-know channels, kernels or operators.
+terms of `lax`, forward and transposed, sizes, and what follows from how windows lie.
+Must not know channels, kernels or operators.
 """
 
 from __future__ import annotations

@@ -108,7 +108,15 @@ def bad_u(call: str, found: tuple[int, ...], expected: Sequence[str], shape: tup
 
 def bad_u_dtype(call: str, found: str) -> str:
     """A `u` that is not floating point."""
-    return f"{call}: u has dtype {found}, expected a real floating point dtype: cast it."
+    return f"{call}: u is {found}, expected an array of real floating point numbers: cast it."
+
+
+def no_operator(call: str, found: object) -> str:
+    """Something other than an operator was given as one."""
+    return (
+        f"{call}: operator is {found!r}, expected a jsn.Matrix, a jsn.Conv, or None for "
+        "jsn.Matrix(). Give an instance: operator=jsn.Matrix(out_axis=0)."
+    )
 
 
 def bad_count(call: str, name: str, found: object, least: int) -> str:
@@ -457,4 +465,31 @@ def unknown_rules(found: str) -> str:
     return (
         f'jsn.linen.spectral_norm: rules={found!r} is unknown. Expected "operators", or a '
         "sequence of (path pattern, operator or None), such as jsn.FLAX."
+    )
+
+
+def no_params(call: str) -> str:
+    """An optax transformation that needs the parameters was not given them."""
+    return (
+        f"{call}: needs the parameters that the update is for. "
+        "Call tx.update(updates, state, params)."
+    )
+
+
+def no_cap(call: str, bound: float, max_update: float, largest: float) -> str:
+    """Numbers for which the polynomials of the soft cap are no cap."""
+    return (
+        f"{call}: for bound={bound:g}, an update of norm max_update={max_update:g} is too large "
+        f"for the soft cap to undo: expected at most {largest:.4g} (a k^2 <= 1/3). "
+        "Lower the learning rate, raise the bound, or use jsn.optim.hard_cap."
+    )
+
+
+def cap_needs_matrix(call: str, problems: Sequence[Problem]) -> str:
+    """Weights whose singular values cannot be limited one by one within their own layout."""
+    return (
+        f"{call}: {_count(len(problems), 'weight is', 'weights are')} not seen as a matrix:\n"
+        f"{_rows(problems)}\n"
+        "Give these leaves a rule with jsn.Matrix or None, or use "
+        "jsn.optim.keep_spectral_norm_below."
     )

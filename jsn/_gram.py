@@ -90,7 +90,8 @@ def _bound(contracted: Axes, batch: Axes, W: Array) -> tuple[Array, Array]:
     rows = size([W.shape[axis] for axis in contracted])
     columns = size([n for axis, n in enumerate(W.shape) if axis not in batch]) // rows
     unit = TERMS["device_unit"] * Fraction(float(jnp.finfo(W.dtype).eps)) / 2
-    tiny = Fraction(float(jnp.finfo(W.dtype).tiny)) * TERMS["device_flush"]
+    least = Fraction(float(jnp.finfo(W.dtype).tiny))
+    tiny = TERMS["device_flush"] * least
     number = functools.partial(_constant, dtype=W.dtype)
 
     def level(G: Array, terms: int) -> tuple[Array, tuple[Array, Array]]:
@@ -120,8 +121,8 @@ def _bound(contracted: Axes, batch: Axes, W: Array) -> tuple[Array, Array]:
 
     norm, _ = lax.scan(rise, norm, back, reverse=True)
     norm, _ = rise(norm, first)
-    dropped = sqrt_up(Fraction(rows * columns)) * 2 ** (jnp.finfo(W.dtype).nmant + 1) * tiny
-    norm = _up(norm + number(dropped))
+    dropped = sqrt_up(Fraction(rows * columns)) * 2 ** (jnp.finfo(W.dtype).nmant + 1) * least
+    norm = _up(norm + number(TERMS["dropped"] * dropped))
     return jnp.where(finite, jnp.where(exponent > _ZERO, norm, 0), jnp.nan), exponent
 
 

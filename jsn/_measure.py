@@ -26,6 +26,8 @@ LARGEST_SVD = 1024
 """Smaller side up to which all singular values are computed."""
 EXPLODING = 1e3
 """A norm above this is called exploding."""
+NOT_FINITE = "not finite"
+"""What the warning about a NaN or an infinity begins with."""
 _SLICE = 2**20
 """Entries that are converted to float64 at once."""
 
@@ -96,7 +98,7 @@ def measure(path: str, weight: Any, operator: Operator, tracked: Any = None) -> 
     not_finite, largest = scan(W)
     if not_finite:
         nan: Any = _plain(np.full(batch, np.nan))
-        what = f"not finite: {not_finite} of {W.size} entries are NaN or infinite"
+        what = f"{NOT_FINITE}: {not_finite} of {W.size} entries are NaN or infinite"
         return Row(
             **known,
             **{"sigma": nan, "bound": nan, "frobenius": nan, "stable_rank": nan, "condition": nan},
@@ -126,6 +128,8 @@ def _numbers(
             notes.append(f"condition not computed: the smaller side is above {LARGEST_SVD}")
         elif np.isinf(condition).any():
             notes.append("condition infinite: singular to rounding")
+        if W.ndim - len(batch) > 3:
+            notes.append("seen as a matrix: a convolution can have a larger norm, see jsn.Conv")
         safe = np.where(sigma > 0, sigma, 1)
         stable_rank = np.where(sigma > 0, (frobenius / safe) ** 2, 0.0)
     else:

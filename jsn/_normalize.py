@@ -22,7 +22,7 @@ from jsn._rules import FLAX, Leaf, Rules, assign, check_dtypes, flatten
 from jsn._types import Block, Operator, PyTree, SNState
 
 
-def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 24, warmup: int = 15) -> SNState:
+def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 32, warmup: int = 15) -> SNState:
     """Makes the state of spectral normalization for a tree of parameters.
 
     Deterministic: it needs no PRNG key. The state is warmed up, so that sigma is true to about
@@ -116,7 +116,12 @@ def normalize(
         Soft: Gouk et al. 2018, https://arxiv.org/abs/1804.04368, section 3.3.
         Scale: Zhai et al. 2023, https://arxiv.org/abs/2303.06296, sigmaReparam.
     """
-    call = "jsn.normalize"
+    return _normalize("jsn.normalize", params, state, n_steps, bound, soft, scale)
+
+
+def _normalize(
+    call: str, params: PyTree, state: Any, n_steps: int, bound: Any, soft: bool, scale: Any
+) -> tuple[PyTree, Any]:
     n_steps = check_count(call, "n_steps", n_steps, 0)
     leaves, rebuild, us, replace = _match(params, state, call)
     bounds = per_leaf(call, "bound", bound, params, leaves)
@@ -194,7 +199,7 @@ def fold(
         >>> print(jsn.fold(params, jsn.init(params), bound=2.0)["kernel"][0].round(5))
         [2. 0. 0.]
     """
-    return normalize(params, state, n_steps=n_steps, bound=bound, soft=soft, scale=scale)[0]
+    return _normalize("jsn.fold", params, state, n_steps, bound, soft, scale)[0]
 
 
 # --- parameters and state, leaf by leaf ------------------------------------------------------

@@ -90,9 +90,9 @@ def _names(entry: Any) -> tuple:
 
 
 def _as_axes(name: str, axes: Axes | None) -> tuple[int, ...] | None:
-    if axes is None:
+    if axes is None and name != "batch_axis":
         return None
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)  # type: ignore
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
         raise ValueError(_errors.bad_axes(f"{name}={axes!r} is not made of integers"))
     return axes

@@ -158,7 +158,7 @@ def begin(
     """The first blocks of all weights, warmed up.
 
     The warm-up tracks at least `_WARM_BLOCK` vectors and then keeps the best `block_size` of
-    them, so that one vector starts as true as twenty-four. Compiled as a whole: called eagerly, the
+    them, so that one vector starts as true as thirty-two. Compiled as a whole: called eagerly, the
     many small operations would each be compiled alone.
     """
     sides = [_power.full_side(op, W.shape) for op, W in zip(operators, weights, strict=True)]
@@ -178,4 +178,4 @@ def begin(
     return new
 
 
-_WARM_BLOCK = 24
+_WARM_BLOCK = 32

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import NamedTuple
 
 import jax
@@ -104,8 +105,9 @@ def read(operator: Operator, W: Weight, u: Block) -> First:
     n_batch = len(operator.batch(W.shape))
     v = operator.rmatvec(W, u)
     peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
-    scale = lax.reduce_precision(peak, exponent_bits=8, mantissa_bits=0)  # a power of two
-    scale = _safe(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny) * (peak > 0))
+    info = jnp.finfo(peak.dtype)
+    scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
+    scale = _safe(jnp.maximum(scale, info.tiny) * (peak > 0))
     v = v * _over(1 / scale, v)
     return First(scale, v, _gram(v, n_batch))
 
@@ -216,15 +218,12 @@ def usable(u: Block) -> Block:
     return jnp.where(jnp.isfinite(u), u, 0)
 
 
-def stored_pair(operator: Operator, W: Weight, u: Block) -> Pair:
-    """The best pair in the span of a stored block, with a single read of W."""
-    n_batch = len(operator.batch(W.shape))
-    v = operator.rmatvec(W, u)
-    peak = _safe(jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim))))
-    vectors = ritz(_gram(v * _over(1 / peak, v), n_batch))[1][..., :1, :]
-    u, v = (_mix(vectors, x).squeeze(n_batch) for x in (u, v * _over(1 / peak, v)))
+def stored_pair(first: First, u: Block, vectors: Float[Array, "*batch b b"]) -> Pair:
+    """The best pair in the span of a stored block, from the first read alone."""
+    n_batch = vectors.ndim - 2
+    u, v = (_mix(vectors[..., :1, :], x).squeeze(n_batch) for x in (u, first.v))
     u_norm, v_norm = _norm(u, n_batch), _norm(v, n_batch)
-    sigma = peak * (v_norm / _safe(u_norm))
+    sigma = first.scale * (v_norm / _safe(u_norm))
     return Pair(sigma, u / _over(_safe(u_norm), u), v / _over(_safe(v_norm), v))
 
 
@@ -298,8 +297,10 @@ def advance(
     """
     clean = [usable(u) for u in us]
     if n_steps == 0:
-        pairs = [stored_pair(*weight) for weight in zip(operators, weights, clean, strict=True)]
-        return pairs, list(us)
+        firsts = [read(*weight) for weight in zip(operators, weights, clean, strict=True)]
+        bases = small(ritz, [first.gram for first in firsts])
+        found = zip(firsts, clean, bases, strict=True)
+        return [stored_pair(first, u, vectors) for first, u, (_, vectors) in found], list(us)
     clean = settle(operators, weights, clean, n_steps - 1, small)
     return step(operators, weights, clean, small)
 
@@ -349,6 +350,8 @@ def power_iterate(
     """
     call = "jsn.power_iterate"
     operator = Matrix() if operator is None else operator
+    if not isinstance(operator, Operator) or isinstance(operator, type):
+        raise TypeError(_errors.no_operator(call, operator))
     n_steps = check_count(call, "n_steps", n_steps, 0)
     check_weights([Leaf("", W, operator)], call)
     single = check_block(call, operator, W.shape, u)
@@ -366,9 +369,13 @@ def check_count(call: str, name: str, value: int, least: int) -> int:
     Raises:
         ValueError: If it is not an integer of at least `least`.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+    try:
+        count = index(value)
+    except TypeError:  # a traced value's too
+        count = least - 1
+    if isinstance(value, bool) or count < least:
         raise ValueError(_errors.bad_count(call, name, value, least))
-    return int(value)
+    return count
 
 
 def check_block(call: str, operator: Operator, shape: tuple[int, ...], u: Block) -> bool:
@@ -378,8 +385,10 @@ def check_block(call: str, operator: Operator, shape: tuple[int, ...], u: Block)
         TypeError: If `u` is not real floating point.
         ValueError: If its shape fits neither a vector nor a block.
     """
-    if not jnp.issubdtype(u.dtype, jnp.floating):
-        raise TypeError(_errors.bad_u_dtype(call, str(u.dtype)))
+    dtype = getattr(u, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"a {type(u).__name__}" if dtype is None else f"of dtype {dtype}"
+        raise TypeError(_errors.bad_u_dtype(call, found))
     batch, codomain = operator.batch(shape), operator.codomain(shape)
     if u.shape == (*batch, *codomain):
         return True

@@ -1,8 +1,8 @@
 """Station 7. Reading a linen model: which of its weights is which linear map.
 
 In: the calls of a running model, seen by a method interceptor. Out: for each weight its exact
-operator, with the batch axes that lifted transforms have added, or why there is none. Must not
-know any particular layer, nor state or normalization.
+operator, with the batch axes that lifted transforms have added, or why there is none.
+Must not know any particular layer, nor state or normalization.
 """
 
 from __future__ import annotations

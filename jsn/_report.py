@@ -43,7 +43,7 @@ def number(x: float | None, up: bool = False) -> str:
     return f"{float(short):#.5g}".rstrip(".")
 
 
-def size(n: float) -> str:
+def size(n: float | int) -> str:
     """Bytes in units of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
@@ -303,8 +303,16 @@ def _plot_depth(axes: Any, audit: Audit) -> None:
         axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
     else:
         axes.set_xlabel("weight")
+    _plain_ticks(axes)
     if missing:
         axes.legend(fontsize=8)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Labels a logarithmic axis with plain numbers, and between powers of ten if it is short."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_minor_formatter((lambda x, _: f"{x:g}") if high < 20 * low else "")
 
 
 def _plot_spectra(axes: Any, audit: Audit) -> None:
@@ -317,6 +325,7 @@ def _plot_spectra(axes: Any, audit: Audit) -> None:
         axes.plot(1, values[0], "o", ms=3, color=axes.lines[-1].get_color())
     axes.set(xscale="log", yscale="log", xlabel="index", ylabel="singular value")
     axes.set_title("Spectra of the largest norms")
+    _plain_ticks(axes)
     if drawn:
         axes.legend(fontsize=8)
     else:

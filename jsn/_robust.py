@@ -117,4 +117,4 @@ def certified_accuracy(logits: Any, labels: Any, bound: Any, radii: Any) -> np.n
     if not (r >= 0).all():
         raise ValueError(_errors.bad_radii(str(float(np.min(r)))))
     right = (x.argmax(axis=-1) == y).ravel()
-    return (right & (radius.ravel() > r[..., None])).mean(axis=-1)
+    return np.asarray((right & (radius.ravel() > r[..., None])).mean(axis=-1))

@@ -55,10 +55,10 @@ def gamma(n: int | Fraction, unit: Fraction | None = None) -> Fraction:
     """The relative error of n operations, `n u / (1 - n u)` (Higham 2002, lemma 3.1).
 
     Raises:
-        ValueError: If n u >= 1: that many operations prove nothing.
+        ValueError: If it is not below 1: that many operations prove nothing.
     """
     unit = Fraction(TERMS["unit"]) if unit is None else unit
-    if n * unit >= 1:
+    if 2 * n * unit >= 1:
         raise ValueError(_errors.too_long(int(n), float(unit)))
     return n * unit / (1 - n * unit)
 

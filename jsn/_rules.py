@@ -101,7 +101,8 @@ def _check(rules: Rules, call: str) -> list[tuple[re.Pattern, Any]]:
             problems.append(f"rule {index}: {rule!r} is not a pair (pattern, operator)")
             continue
         pattern, operator = rule
-        if not (operator is None or isinstance(operator, Operator) or callable(operator)):
+        known = operator is None or isinstance(operator, Operator) or callable(operator)
+        if not known or isinstance(operator, type):  # Matrix, where Matrix() is meant
             problems.append(f"rule {index}, {pattern!r}: {operator!r} is no operator and not None")
         try:
             compiled.append((re.compile(pattern), operator))
@@ -129,6 +130,10 @@ def assign(params: PyTree, rules: Rules, call: str) -> tuple[list[Leaf], Callabl
         raise ValueError(_errors.unmatched_rules(call, idle, paths))
     leaves = [dataclasses.replace(leaf, operator=_first_match(leaf, compiled)) for leaf in bare]
     tracked = [leaf for leaf in leaves if leaf.operator is not None]
+    odd = [leaf for leaf in tracked if not isinstance(leaf.operator, Operator)]
+    if odd:
+        gave = [f"{leaf.path}: its rule gave {leaf.operator!r}, no operator" for leaf in odd]
+        raise ValueError(_errors.bad_rules(call, gave))
     if not tracked:
         raise ValueError(_errors.nothing_tracked(call, paths))
     check_weights(tracked, call)

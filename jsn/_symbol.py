@@ -161,7 +161,7 @@ def norm_bound(C: np.ndarray, axes: Sequence[Axis]) -> Fraction:
         fall = _fall(axes, of, moving)
         estimates = _estimates(gram, turns, of, vectors, n_steps)
         target = max(target, float(estimates[active].max()) * (1 + goal) ** 2)
-        cost = active.sum() * 2.0 ** moving.sum() * (1.5 * gram.shape[1] ** 3 + 3e4)
+        cost = active.sum() * 2.0 ** moving.sum() * _cost(gram.shape[1])
         last = not moving.any() or fall >= 1 / (1 + goal / 2) or cost > _BUDGET
         if last:
             target = max(target, float(estimates[active].max()) / fall**2 * (1 + 1e-9))
@@ -172,6 +172,11 @@ def norm_bound(C: np.ndarray, axes: Sequence[Axis]) -> Fraction:
         keep, n_steps = active.any(1), 3  # a child starts from its parent's vector
         turns, of, children = _divide(turns[keep], of, moving)
         active, vectors = (np.repeat(x[keep], children, axis=0) for x in (active, vectors))
+
+
+def _cost(n: int) -> float:
+    """Operations for one matrix of a cell; a call costs as much as a small factorization."""
+    return 1.5 * n**3 + (2e5 if n > 1 else 2e4)
 
 
 def _first(axes: Sequence[Axis], shape: tuple[int, int]) -> tuple[np.ndarray, list[int]]:

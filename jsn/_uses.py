@@ -1,8 +1,8 @@
 """Station 7. What a program does with its parameters, read from its jaxpr.
 
 In: a jaxpr whose first inputs are parameters. Out: for each of them, whether the program only
-moves it about and adds it to its data, or does more; and the matrix it is, where it is one. Must
-not know any framework, nor compute anything.
+moves it about and adds it to its data, or does more; and the matrix it is, where it is one.
+Must not know any framework, nor compute anything.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def spectral_norm(
     target: Any = None,
     *,
     rules: Rules | Literal["operators"] = FLAX,
-    block_size: int = 24,
+    block_size: int = 32,
     warmup: int = 15,
     n_steps: int = 1,
     bound: Any = 1.0,

@@ -73,6 +73,7 @@ def test_every_number_is_that_of_an_svd(name, dtype):
     assert (row.shape, row.dtype, row.bytes) == (W.shape, np.dtype(dtype).name, W.nbytes)
     assert row.spectrum == pytest.approx(values, rel=1e-9)
     assert row.warnings == ()
+    assert any("jsn.Conv" in note for note in row.notes) == (W.ndim == 4)
 
 
 def test_stacked_weights_have_one_number_for_each_matrix():
@@ -203,12 +204,18 @@ def test_leaves_left_alone_are_listed_and_looked_at():
     assert "! a/bias: not finite: 1 of 2" in audit.table()
 
 
+def test_keys_of_jax_random_are_left_alone():
+    audit = jsn.audit({"kernel": jnp.eye(2), "rng": jax.random.key(0)})
+    assert audit.left_alone[0].dtype == "key<fry>"
+    assert json.dumps(_report.as_dict(audit))
+
+
 def test_rules_and_errors_are_those_of_init():
     with pytest.raises(ValueError, match=r"jsn\.audit: no leaf"):
         jsn.audit({"bias": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"jsn\.audit: 1 rule matches no leaf"):
         jsn.audit({"kernel": jnp.eye(3)}, rules=(("w$", jsn.Matrix()), *jsn.FLAX))
-    with pytest.raises(TypeError, match=r"jsn\.audit.*int32"):
+    with pytest.raises(TypeError, match=r"jsn\.audit(?s:.*)int32"):
         jsn.audit({"kernel": jnp.eye(3, dtype=jnp.int32)})
     with pytest.raises(TypeError, match=r"jsn\.audit: expected the SNState"):
         jsn.audit({"kernel": jnp.eye(3)}, state={"kernel": 3})

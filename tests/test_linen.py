@@ -271,3 +271,115 @@ def test_what_is_no_linen_class_is_refused():
 def test_a_model_without_decorated_modules_has_no_state():
     with pytest.raises(ValueError, match="no module of Dense keeps spectral normalization state"):
         jsn.linen.init_state(nn.Dense(3), nn.Dense(3).init(KEY, X), X)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_stacked_axis_as_long_as_the_layer_is_wide_is_still_found(axis):
+    """With six layers of 6 x 6 the shape (6, 6, 6) does not tell which axis the layers are on."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(6, use_bias=False)(x), None
+
+    @jsn.linen.spectral_norm
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": axis}
+            layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=6)
+            return layers()(x, None)[0]
+
+    made = Stack().init(KEY, X)
+    folded = jsn.fold(made["params"], made["sn_state"])["ScanLayer_0"]["Dense_0"]
+    norms = [spectral(kernel) for kernel in np.moveaxis(folded["kernel"], axis, 0)]
+    assert norms == pytest.approx([1] * 6, abs=1e-5)
+
+
+def test_a_cell_inside_a_recurrent_network():
+    cell = jsn.linen.spectral_norm(nn.SimpleCell)(5)
+    model = nn.RNN(cell, variable_broadcast=["params", "sn_state"])
+    sequence = jax.random.normal(KEY, (2, 7, 3))
+    made = model.init(KEY, sequence)
+    again = jsn.linen.init_state(model, {"params": made["params"]}, sequence)
+    assert jax.tree.structure(again) == jax.tree.structure(made["sn_state"])
+    folded, _ = jsn.normalize(made["params"], made["sn_state"], n_steps=0)
+    expected = nn.RNN(nn.SimpleCell(5)).apply({"params": folded}, sequence)
+    np.testing.assert_allclose(model.apply(made, sequence), expected, rtol=1e-5, atol=1e-6)
+    # Flax cannot create what a scan carries, but carries what is there.
+    for trained in (model, nn.RNN(cell, variable_carry="sn_state")):
+        _, updates = trained.apply(made, sequence, mutable=["sn_state"])
+        assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(made["sn_state"])
+        changed = jax.tree.map(
+            lambda a, b: bool((a != b).any()), updates["sn_state"], made["sn_state"]
+        )
+        assert any(jax.tree.leaves(changed))
+
+
+def test_a_decorated_instance_may_be_handed_in():
+    class Outer(nn.Module):
+        layer: nn.Module
+
+        def __call__(self, x):
+            return self.layer(x) + self.layer(2 * x)
+
+    model = Outer(jsn.linen.spectral_norm(nn.Dense)(6, use_bias=False))
+    made = model.init(KEY, jnp.eye(6))
+    y, updates = model.apply(made, jnp.eye(6), mutable=["sn_state"])
+    assert spectral(y) == pytest.approx(3, abs=1e-4)
+    assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(made["sn_state"])
+
+
+def test_decorated_within_decorated_is_normalized_to_the_same():
+    inner = jsn.linen.spectral_norm(nn.Dense)
+
+    @jsn.linen.spectral_norm
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return inner(6, use_bias=False)(x)
+
+    made = Outer().init(KEY, jnp.eye(6))
+    for mutable in (False, ["sn_state"]):
+        y = Outer().apply(made, jnp.eye(6), mutable=mutable)
+        assert spectral(y[0] if mutable else y) == pytest.approx(1, abs=1e-5)
+
+
+def test_jit_grad_and_vmap_of_apply():
+    model = jsn.linen.spectral_norm(nn.Dense)(3)
+    made = jax.jit(model.init)(KEY, X)
+    assert jax.tree.structure(made) == jax.tree.structure(jax.eval_shape(model.init, KEY, X))
+    apply = lambda variables, x: model.apply(variables, x, mutable=["sn_state"])
+    y, updates = jax.jit(apply)(made, X)
+    np.testing.assert_allclose(y, apply(made, X)[0], rtol=1e-5)
+    each = jax.vmap(apply, in_axes=(None, 0), out_axes=(0, None))
+    np.testing.assert_allclose(each(made, X)[0], y, rtol=1e-5)
+    ensemble = jax.vmap(model.init, in_axes=(0, None))(jax.random.split(KEY, 3), X)
+    y, updates = jax.vmap(apply, in_axes=(0, None))(ensemble, X)
+    assert y.shape == (3, 4, 3)
+    assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(ensemble["sn_state"])
+    for index in range(3):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], ensemble)
+        np.testing.assert_allclose(y[index], apply(one, X)[0], rtol=1e-5)
+
+
+def test_a_method_marked_nowrap_and_a_property_are_left_alone():
+    @jsn.linen.spectral_norm
+    class Odd(nn.Module):
+        width: int = 3
+
+        @nn.nowrap
+        def shape(self):
+            return (self.width,)
+
+        @property
+        def double(self):
+            return 2 * self.width
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.shape()[0])(x)
+
+    assert Odd().shape() == (3,)
+    assert Odd().double == 6
+    assert Odd().apply(Odd().init(KEY, X), X).shape == (4, 3)

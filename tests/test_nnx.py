@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import pytest
 from flax import errors, nnx
 
@@ -655,3 +656,8 @@ def test_errors():
         jsn.nnx.fold(net(), n_steps=-1)
     with pytest.raises(ValueError, match="no leaf of the parameters is normalized"):
         jsn.nnx.spectral_norm(nnx.Embed(3, 4, rngs=nnx.Rngs(0)))
+
+
+def test_the_page_runs():
+    with jax.numpy_rank_promotion("allow"):
+        pages.run("nnx.md")

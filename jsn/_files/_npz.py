@@ -115,9 +115,9 @@ def _walk(file: BinaryIO, size: int) -> Iterator[_Member]:
             return
         while len(extra) >= 4:
             kind, length = struct.unpack("<HH", extra[:4])
-            if kind == 1 and length >= 16:  # zip64
-                unpacked, stored = struct.unpack("<QQ", extra[4:20])
-            extra = extra[4 + length :]
+            field, extra = extra[4 : 4 + length], extra[4 + length :]
+            if kind == 1 and len(field) >= 16:  # zip64
+                unpacked, stored = struct.unpack("<QQ", field[:16])
         text = name.decode("utf-8", "backslashreplace")
         yield _Member(text, at, stored, unpacked, method, checksum, bool(flags & 1))
         at = start + stored

@@ -88,7 +88,8 @@ def to_array(value: Any) -> Any:
         value = value.numpy() if extended is None else value.float().numpy().astype(extended)
     if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"found {type(value).__name__}, expected a tensor")
-    if not _is_extended(value.dtype) and (value.dtype.kind not in "biufc" or value.itemsize > 16):
+    widest = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16}.get(value.dtype.kind, 0)
+    if value.itemsize > widest and not _is_extended(value.dtype):
         raise TypeError(f"found dtype {value.dtype}, expected numbers")
     return np.array(value, value.dtype.newbyteorder("="))
 

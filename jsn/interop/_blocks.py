@@ -96,8 +96,10 @@ def _triple(leaf: Leaf, block: Any) -> Triple:
     operator: Operator = leaf.operator  # type: ignore
     batch = operator.batch(np.shape(leaf.value))
     n_batch = len(batch)
+    W = jnp.asarray(leaf.value)
+    W = W.astype(jnp.float32) if W.dtype.itemsize < 4 else W  # float8 does not promote by itself
     u = np.asarray(block)
-    v = np.asarray(operator.rmatvec(jnp.asarray(leaf.value), jnp.asarray(block)), np.float64)
+    v = np.asarray(operator.rmatvec(W, jnp.asarray(block)), np.float64)
     sides = u.shape[n_batch + 1 :], v.shape[n_batch + 1 :]
     rows = [x.reshape(*batch, u.shape[n_batch], -1) for x in (u, v)]
     if u.shape[n_batch] > 1:

@@ -140,16 +140,19 @@ def from_flax_nnx(model: Any, *, rules: Any = (), block_size: int = 1) -> tuple[
         ValueError: If a `u` has no parameter, or one of another shape; or if there is none.
 
     Examples:
-        >>> import jsn
-        >>> from flax import nnx
-        >>> rngs = nnx.Rngs(0)
-        >>> model = nnx.Sequential(nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))
-        >>> params, state = jsn.interop.from_flax_nnx(model)
-        >>> params["layers"][0]["kernel"].shape, state.u["layers"][0]["kernel"].shape
-        ((3, 4), (1, 4))
+        ```python
+        import jsn
+        from flax import nnx
+
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))
+        params, state = jsn.interop.from_flax_nnx(model)
+        plain = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs))
+        nnx.update(plain, params)
+        ```
 
     References:
-        flax/nnx/nn/normalization.py of Flax 0.12.8.
+        flax/nnx/nn/normalization.py of Flax 0.12.8. Flax has it since 0.12.1.
     """
     call = "jsn.interop.from_flax_nnx"
     wrapped, variables = _variables(call, model)
@@ -185,15 +188,18 @@ def to_flax_nnx(params: PyTree, state: Any, model: Any) -> PyTree:
             missing, or if Flax cannot express an operator; naming every such weight.
 
     Examples:
-        >>> import jsn
-        >>> from flax import nnx
-        >>> rngs = nnx.Rngs(0)
-        >>> model = nnx.Sequential(nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))
-        >>> params, state = jsn.interop.from_flax_nnx(model)
-        >>> nnx.update(model, jsn.interop.to_flax_nnx(params, state, model))
+        ```python
+        import jsn
+        from flax import nnx
+
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))
+        params, state = jsn.interop.from_flax_nnx(model)
+        nnx.update(model, jsn.interop.to_flax_nnx(params, state, model))
+        ```
 
     References:
-        flax/nnx/nn/normalization.py of Flax 0.12.8.
+        flax/nnx/nn/normalization.py of Flax 0.12.8. Flax has it since 0.12.1.
     """
     call = "jsn.interop.to_flax_nnx"
     wrapped, variables = _variables(call, model)

@@ -1,0 +1,112 @@
+"""Station 4: a whole tree at once gives what each weight alone gives, in a few batched calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from matrices import gaussian, true_norm
+
+import jsn
+from jsn import Matrix
+
+normalize = jax.jit(jsn.normalize, static_argnames=("n_steps", "soft"))
+
+
+def kernels(*shapes, seed=0):
+    """A tree with a Gaussian kernel of each shape."""
+    return {
+        f"layer_{index}": {"kernel": jnp.asarray(gaussian(seed + index, *shape))}
+        for index, shape in enumerate(shapes)
+    }
+
+
+def cost(params, n_steps, block_size=8):
+    state = jsn.init(params, block_size=block_size, warmup=0)
+    return jaxprs.count(functools.partial(jsn.normalize, n_steps=n_steps), params, state)
+
+
+MIXED = [(20, 12), (12, 20), (3, 3, 4, 16), (30, 5), (5, 30), (1, 9), (9, 1), (20, 12)]
+
+
+@pytest.mark.parametrize(("n_steps", "expected"), [(0, (1, 0, 0)), (1, (1, 2, 2)), (4, (4, 8, 8))])
+def test_the_small_algebra_of_all_weights_is_one_batched_call(n_steps, expected):
+    for shapes in (MIXED[:1], MIXED[:3], MIXED):
+        counts = cost(kernels(*shapes), n_steps)
+        found = tuple(counts[name] for name in ("eigh", "cholesky", "triangular_solve"))
+        assert found == expected
+
+
+def test_weights_of_one_shape_share_their_thin_operations():
+    """More weights cost more reads and more slices, and nothing else."""
+    few, many = (cost(kernels(*[(20, 12)] * n), 1) for n in (2, 12))
+    per_weight = {name for name in many if many[name] != few[name]}
+    for name in (
+        "iota",
+        "concatenate",
+        "pad",
+        "reduce_max",
+        "reduce_and",
+        "reduce_precision",
+        "xor",
+    ):
+        assert name not in per_weight
+        assert many[name] > 0
+    # Per weight: two reads, what is stacked and unstacked, and the division of the weight.
+    assert many["dot_general"] - few["dot_general"] == 10 * 2
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_a_tree_gives_what_each_weight_alone_gives(block_size):
+    params = kernels((20, 12), (3, 3, 2, 16), (30, 5), (9, 1))
+    options = {"block_size": block_size, "warmup": 2}
+    together, _ = normalize(params, jsn.init(params, **options))
+    for name in params:
+        part = {name: params[name]}
+        alone, _ = normalize(part, jsn.init(part, **options))
+        assert np.allclose(together[name]["kernel"], alone[name]["kernel"], rtol=1e-5, atol=1e-7)
+
+
+def test_the_order_of_the_leaves_does_not_matter():
+    params = kernels(*MIXED)
+    renamed = {f"z{9 - int(name[-1])}": value for name, value in params.items()}
+    first, _ = normalize(params, jsn.init(params))
+    second, _ = normalize(renamed, jsn.init(renamed))
+    for name, other in zip(params, renamed, strict=True):
+        assert np.allclose(first[name]["kernel"], second[other]["kernel"], rtol=1e-5, atol=1e-7)
+
+
+def test_dtypes_views_and_batches_mix():
+    W = gaussian(1, 16, 12)
+    params = {
+        "single": jnp.asarray(W),
+        "half": jnp.asarray(W).astype(jnp.bfloat16),
+        "other_view": jnp.asarray(W),
+        "stack": jnp.stack([jnp.asarray(W)] * 3),
+        "small": jnp.asarray(W[:, :2]),
+    }
+    rules = [("stack", Matrix(batch_axis=0)), ("other_view", Matrix(out_axis=0)), ("", Matrix())]
+    state = jsn.init(params, rules=rules, block_size=6)
+    assert jsn.sigmas(params, state)["stack"].shape == (3,)
+    normalized, _ = normalize(params, state)
+    for name, tolerance in (("single", 1e-3), ("other_view", 1e-3), ("small", 1e-6)):
+        assert -1e-6 < true_norm(normalized[name]) - 1 < tolerance
+    assert abs(true_norm(normalized["half"]) - 1) < 5e-3
+    for matrix in normalized["stack"]:
+        assert np.allclose(matrix, normalized["single"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_weights_of_one_shape_do_not_spoil_each_other(bad):
+    params = kernels(*[(20, 12)] * 4)
+    state = jsn.init(params, block_size=6)
+    broken = {**params, "layer_2": {"kernel": jnp.full((20, 12), bad)}}
+    expected, found = normalize(params, state), normalize(broken, state)
+    for name in ("layer_0", "layer_1", "layer_3"):
+        assert np.array_equal(expected[0][name]["kernel"], found[0][name]["kernel"])
+        assert np.array_equal(expected[1].u[name]["kernel"], found[1].u[name]["kernel"])
+    if bad:
+        kept = (state.u["layer_2"]["kernel"], found[1].u["layer_2"]["kernel"])
+        assert np.array_equal(*kept)
