@@ -73,9 +73,14 @@ def progress_bar(console: Console) -> Progress:
 
 def summary(plain: Run, jsn: Run, real: Scores) -> Table:
     """The numbers of both runs; in each score the better run is bold, whichever it is."""
-    table = Table(title=f"After {plain.last.step} steps", title_justify="left")
+    table = Table(
+        title=f"After {plain.last.step} steps",
+        title_justify="left",
+        caption="One run each, and a GAN never settles: training.png shows the whole way.",
+        caption_justify="left",
+    )
     table.add_column("")
-    for header in ("plain critic", "with jsn", "real, held out"):
+    for header in ("plain critic", "with jsn", "real digits"):
         table.add_column(header, justify="right")
     runs = (plain, jsn)
     for layer in plain.last.norms:
@@ -86,7 +91,7 @@ def summary(plain: Run, jsn: Run, real: Scores) -> Table:
     table.add_section()
     distances = [run.last.scores.frechet for run in runs]
     cells = _cells(distances, "{:.1f}", best=min(distances))
-    table.add_row("Fréchet distance (lower is better)", *cells, f"{real.frechet:.1f}")
+    table.add_row("Fréchet distance, lower is better", *cells, f"{real.frechet:.1f}")
     shares = [run.last.scores.accuracy for run in runs]
     cells = _cells(shares, "{:.1%}", best=max(shares))
     table.add_row("read as the digit asked for", *cells, f"{real.accuracy:.1%}")
@@ -160,7 +165,7 @@ def draw_norms(runs: Sequence[Run]) -> Figure:
         axes.set_title(layer)
     figure.axes[0].set_ylabel("largest singular value of the kernel\n(log scale)")
     figure.axes[0].legend()
-    figure.suptitle("How strong is each layer of the critic?")
+    figure.suptitle("True norm of each critic layer, by SVD: plain it runs away, with jsn it is 1")
     return figure
 
 
@@ -184,6 +189,7 @@ def draw_training(runs: Sequence[Run], real: Scores) -> Figure:
 
 def _draw_lines(axes: Axes, runs: Sequence[Run], quantity: str) -> None:
     for run in runs:
-        axes.plot(run.over_time("step"), run.over_time(quantity), **STYLES[run.name])
+        axes.plot(run.over_time("step"), run.over_time(quantity), marker=".", **STYLES[run.name])
     axes.set(xlabel="training step", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
