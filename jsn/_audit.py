@@ -170,7 +170,7 @@ def _by_name(leaf: Leaf) -> list:
 
 
 def _left_alone(path: str, value: Any, note: str = "") -> LeftAlone:
-    if jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended):  # keys of jax.random
+    if jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended):  # keys of jax.random  # type: ignore
         return LeftAlone(path, value.shape, str(value.dtype), value.nbytes, note)
     x = np.asarray(value)
     warnings = ()

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
 """Station 9, element-wise functions: enclosures of an expression and its slope on cells.
 
 In: an expression in one variable, and cells of that variable, unbounded ones included. Out: for

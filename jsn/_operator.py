@@ -93,9 +93,9 @@ def _as_axes(name: str, axes: Axes | None) -> tuple[int, ...] | None:
     if axes is None and name != "batch_axis":
         return None
     axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)  # type: ignore
-    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):  # type: ignore
         raise ValueError(_errors.bad_axes(f"{name}={axes!r} is not made of integers"))
-    return axes
+    return axes  # type: ignore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,11 +238,14 @@ def _apply(W: Weight, x: Block, axes: tuple[int, ...], batch: tuple[int, ...]) -
     n_batch = len(batch)
     x_axes = tuple(range(n_batch + 1, x.ndim))
     x_batch = tuple(range(n_batch))
-    if axes[-1] == W.ndim - 1 or len(axes) == 1:
-        return contract(x, W, (x_axes, axes), (x_batch, batch))
-    # Several axes that do not end the weight: with W on the right XLA:CPU copies it transposed.
-    y = contract(W, x, (axes, x_axes), (batch, x_batch))
-    return jnp.moveaxis(y, -1, n_batch)
+    # XLA:CPU copies a weight of three or more axes transposed, unless the contracted axes end it
+    # and it comes first, or they begin it and it comes second. (Where several axes end it, that
+    # product is slower than the copy, except for a single vector.)
+    ends = W.ndim > n_batch + 2 and axes[-1] == W.ndim - 1
+    if ends and (len(axes) == 1 or x.shape[n_batch] == 1):
+        y = contract(W, x, (axes, x_axes), (batch, x_batch))
+        return jnp.moveaxis(y, -1, n_batch)
+    return contract(x, W, (x_axes, axes), (x_batch, batch))
 
 
 def size(shape: Sequence[int]) -> int:

@@ -133,7 +133,7 @@ def track(
     """Power steps on all weights of a tree at once: sigmas, with derivatives, and next blocks."""
     raw, old = lax.stop_gradient((list(weights), list(us)))
     placed = [_place(*weight) for weight in zip(operators, raw, old, strict=True)]
-    groups, grouped, members = _grouped(operators, raw, [u.shape for u in placed])
+    groups, grouped, members = _grouped(operators, raw, [u.shape for u in placed])  # type: ignore
     stacked = [jnp.stack([placed[i] for i in group]) for group in groups]
     pairs, blocks = _power.advance(grouped, members, stacked, n_steps, small=together)
     sigmas: list[Any] = [None] * len(raw)
