@@ -163,9 +163,9 @@ def draw_norms(runs: Sequence[Run]) -> Figure:
     for axes, layer in zip(figure.subplots(1, len(layers), sharey=True), layers, strict=True):
         _draw_lines(axes, runs, layer)
         axes.set_title(layer)
-    figure.axes[0].set_ylabel("largest singular value of the kernel\n(log scale)")
+    figure.axes[0].set_ylabel("largest singular value (log scale)")
     figure.axes[0].legend()
-    figure.suptitle("True norm of each critic layer, by SVD: plain it runs away, with jsn it is 1")
+    figure.suptitle("True norm of each critic layer over time (float64 SVD of the kernel)")
     return figure
 
 

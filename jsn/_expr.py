@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -79,6 +80,23 @@ class Pool:
         found = simplify(*args, origin) if simplify and not params else None
         return found if found is not None else self._node(op, args, params, origin)
 
+    def replaced(self, node: Expr, leaves: Mapping[Any, Expr]) -> Expr:
+        """An expression with other expressions in place of its leaves."""
+        known: dict[int, Expr] = {}
+
+        def one(node: Expr) -> Expr:
+            if id(node) not in known:
+                if node.op == "leaf":
+                    known[id(node)] = leaves[node.params[0]]
+                else:
+                    args = [one(arg) for arg in node.args]
+                    same = all(a is b for a, b in zip(args, node.args, strict=True))
+                    made = self.make(node.op, *args, params=node.params, origin=node.origin)
+                    known[id(node)] = node if same else made
+            return known[id(node)]
+
+        return one(node)
+
     def _sub(self, x: Expr, y: Expr, origin: Any) -> Expr:
         return self.make("add", x, self.make("neg", y, origin=origin), origin=origin)
 
@@ -115,9 +133,11 @@ class Pool:
         return self.make("mul", x, self.make("reciprocal", y, origin=origin), origin=origin)
 
     def _reciprocal(self, x: Expr, origin: Any) -> Expr | None:
-        if x.value:  # not 0
-            inverse = iv.reciprocal(iv.interval(x.value, x.value))
-            return self.const(float(inverse.lo), float(inverse.hi))
+        if x.op == "mul":
+            parts = (self.make("reciprocal", arg, origin=origin) for arg in x.args)
+            return self.make("mul", *parts, origin=origin)
+        if x.value and 1 / Fraction(x.value) == Fraction(1 / x.value):
+            return self.const(1 / x.value)
         u = self._exp_plus_one(x)
         return None if u is None else self.make("logistic", self.make("neg", u), origin=origin)
 
@@ -148,6 +168,23 @@ class Pool:
     def _abs(self, x: Expr, origin: Any) -> Expr | None:
         return x if x.op in ("abs", "exp", "logistic", "square") else None
 
+    def _max(self, x: Expr, y: Expr, origin: Any) -> Expr | None:
+        if -math.inf in (x.value, y.value):
+            return y if x.value == -math.inf else x
+        return None
+
+    def _min(self, x: Expr, y: Expr, origin: Any) -> Expr | None:
+        if math.inf in (x.value, y.value):
+            return y if x.value == math.inf else x
+        return None
+
+    def _select(self, condition: Expr, off: Expr, on: Expr, origin: Any) -> Expr | None:
+        if condition.op == "is_finite":  # real numbers are
+            return on
+        if condition.op in COMPARISONS and condition.args[0] is condition.args[1]:
+            return on if condition.op in ("eq", "ge", "le") else off
+        return on if on is off else None
+
     def _clamp(self, low: Expr, x: Expr, high: Expr, origin: Any) -> Expr:
         return self.make("min", self.make("max", x, low, origin=origin), high, origin=origin)
 
@@ -172,9 +209,13 @@ def _affine(node: Expr) -> tuple[Fraction, Fraction] | None:
     if node.op == "const":
         finite = node.value is not None and np.isfinite(node.value)
         return (Fraction(0), Fraction(node.value)) if finite else None  # type: ignore
-    parts = [_affine(arg) for arg in node.args] if node.op in ("add", "neg", "mul") else [None]
+    known = node.op in ("add", "neg", "mul", "reciprocal")
+    parts = [_affine(arg) for arg in node.args] if known else [None]
     if None in parts:
         return None
+    if node.op == "reciprocal":
+        slope, offset = parts[0]  # type: ignore
+        return None if slope or not offset else (slope, 1 / offset)
     if node.op == "neg":
         return -parts[0][0], -parts[0][1]  # type: ignore
     (a, b), (c, d) = parts  # type: ignore
