@@ -1,6 +1,6 @@
 """How far apart two norms of a convolution are: that of its reshaped kernel, and its own.
 
-    python -m benchmarks conv_norms            prints the tables of docs/convolutions.md: a minute
+    python -m benchmarks.conv_norms            prints two tables: a minute
 
 The kernel reshaped to a matrix (Miyato et al., `jsn.Matrix()`) gives at most the norm of the layer
 where a whole window lies inside the input, and the layer at most sqrt(prod ceil(k / q)) times
@@ -141,7 +141,7 @@ def trained_kernels() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the two tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks conv_norms", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conv_norms", description=__doc__)
     parser.parse_args(argv)
     print(f"Norm of the layer / norm of the reshaped kernel, on {SIZE} x {SIZE} inputs\n")
     print("\n".join(random_kernels()))

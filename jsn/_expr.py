@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from jsn import _interval as iv
-
 COMPARISONS = frozenset({"gt", "ge", "lt", "le", "eq", "ne"})
 LOGIC = frozenset({"and", "or", "not"})
 
