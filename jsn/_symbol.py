@@ -12,11 +12,12 @@ symbol is that of stride q and dilation 1,
 
 and F F^* is a polynomial too, whose coefficients are formed once. Between frequencies a
 polynomial can rise by no more than M. Riesz allows: for unit vectors a and b, a^* F(w) b times a
-unitary factor is of exponential type t = (taps - 1) / 2 in each axis, so from its largest modulus
-M it falls at most to M cos(t r) within a distance r (Duffin and Schaeffer 1938). So
+unitary factor is of exponential type t_i = (taps - 1) / 2 in axis i, so along the straight line to
+a point at distances h_i it is of type sum t_i h_i, and falls from its largest modulus M at most to
+M cos(sum t_i h_i) there (Duffin and Schaeffer 1938). So
 
-    |F| <= bound everywhere   if   |F(w)| <= bound * prod cos(t r)   at the centres of cells of
-                                   radius r that cover all frequencies,
+    |F| <= bound everywhere   if   |F(w)| <= bound * cos(sum t_i r_i)   at the centres of cells of
+                                   half-widths r_i that cover all frequencies,
 
 and each cell is proven by one Cholesky factorization, or divided. The symbol is even up to
 conjugation: half of the frequencies do.
@@ -199,12 +200,16 @@ def _first(axes: Sequence[Axis], shape: tuple[int, int]) -> tuple[np.ndarray, li
 
 
 def _fall(axes: Sequence[Axis], of: Sequence[int], moving: np.ndarray) -> float:
-    """At most the share of its maximum that a polynomial keeps at the centre of its cell."""
-    fall = 1.0
+    """At most the share of its maximum that a polynomial keeps at the centre of its cell.
+
+    The product of the axes' cosines, which is larger, would do for a grid, but not for cells of
+    several sizes: cos(w_1 + w_2), as it falls from the corner of a cell, keeps less.
+    """
+    angle = 0.0
     for axis, whole, moves in zip(axes, of, moving, strict=True):
-        if moves:  # cells / whole = 1/2, radius = pi / cells, type (taps - 1) / 2
-            fall *= math.cos(math.pi * (axis.taps - 1) / whole) * (1 - 2.0**-45)
-    return 1 - TERMS["riesz"] * (1 - fall)
+        if moves:  # cells / whole = 1/2, half-width = pi / cells, type (taps - 1) / 2
+            angle += math.pi * (axis.taps - 1) / whole
+    return 1 - TERMS["riesz"] * (1 - math.cos(angle) * (1 - 2.0**-45))
 
 
 def _divide(

@@ -17,7 +17,7 @@ from matrices import PROBLEMS, gaussian, true_norm
 from oracles import assert_certified, certifies, dense, exactly_bounds, hard_layer, hard_matrix
 
 import jsn
-from jsn import _rounding
+from jsn import _rounding, _symbol
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 narrow = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -106,7 +106,7 @@ def test_bounds_hold_over_several_slices_of_rows(shape):
     assert jsn.upper_bound(W) <= true_norm(W) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("n", [200, 333])
+@pytest.mark.parametrize("n", [170, pytest.param(333, marks=pytest.mark.slow)])
 def test_bounds_hold_where_the_largest_eigenvalue_is_an_estimate(n):
     tie = np.linalg.qr(gaussian(n, n, n).astype(float))[0]
     for W in (
@@ -122,37 +122,47 @@ def test_bounds_hold_where_the_largest_eigenvalue_is_an_estimate(n):
 # --- soundness of convolutions -------------------------------------------------------------------
 
 
-def layers_below_their_norm(seeds, method):
-    """The seeds whose bound does not hold, and how close the others come."""
-    wrong, ratios = [], []
+def layers_below_their_norm(seeds, *methods):
+    """The seeds and methods whose bound does not hold, and how close the others come."""
+    wrong, ratios = [], {method: [] for method in methods}
     for seed in seeds:
         layer = hard_layer(seed)
         norm = np.linalg.norm(dense(layer), 2)
         operator = jsn.Conv(**layer.arguments())
-        K = layer.K if method != "gram" else layer.K.astype(np.float32)
-        bound = jsn.upper_bound(K, operator=operator, method=method)
-        ratios.append(bound / norm if norm else 1)
-        if bound < norm * (1 - (1e-13 if method != "gram" else 1e-6)):
-            wrong.append(seed)
+        for method in methods:
+            K = layer.K if method != "gram" else layer.K.astype(np.float32)
+            bound = jsn.upper_bound(K, operator=operator, method=method)
+            ratios[method].append(bound / norm if norm else 1)
+            if bound < norm * (1 - (1e-13 if method != "gram" else 1e-6)):
+                wrong.append((seed, method))
     return wrong, ratios
 
 
-@pytest.mark.parametrize("method", ["symbol", "cholesky", "auto"])
-def test_no_convolution_exceeds_its_bound(method):
-    wrong, ratios = layers_below_their_norm(range(120), method)
+def test_no_convolution_exceeds_its_bound():
+    wrong, ratios = layers_below_their_norm(range(100), "symbol", "cholesky")
     assert wrong == []
-    assert method == "symbol" or max(ratios) < 1 + 1e-6  # the dense matrix is exact
+    assert max(ratios["cholesky"]) < 1 + 1e-6  # the dense matrix is exact
+
+
+def test_small_convolutions_are_bounded_by_their_matrix_unless_told():
+    wrong, ratios = layers_below_their_norm(range(10), "auto")
+    assert wrong == []
+    assert max(ratios["auto"]) < 1 + 1e-6
 
 
 def test_no_convolution_exceeds_its_bound_on_the_device():
-    assert layers_below_their_norm(range(12), "gram")[0] == []
+    assert layers_below_their_norm(range(8), "gram")[0] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(120, 920, 200))
+@pytest.mark.parametrize("start", range(100, 900, 200))
 def test_no_further_convolution_exceeds_its_bound(start):
-    for method in ("symbol", "cholesky"):
-        assert layers_below_their_norm(range(start, start + 200), method)[0] == []
+    assert layers_below_their_norm(range(start, start + 200), "symbol", "cholesky")[0] == []
+
+
+@pytest.mark.slow
+def test_no_further_convolution_exceeds_its_bound_on_the_device():
+    assert layers_below_their_norm(range(8, 40), "gram")[0] == []
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 3)])
@@ -205,7 +215,7 @@ def test_large_circles_are_bounded_over_all_frequencies():
 def converged_norm(K, operator):
     """sigma after many steps: at or below the norm."""
     u = jax.random.normal(jax.random.key(0), (8, *operator.codomain(K.shape)))
-    step = jax.jit(functools.partial(jsn.power_iterate, operator=operator, n_steps=60))
+    step = jax.jit(functools.partial(jsn.power_iterate, operator=operator, n_steps=30))
     return float(step(jnp.asarray(K), u)[0])
 
 
@@ -229,12 +239,22 @@ def test_three_by_three_convolutions_are_close(K):
     assert bound <= 1.015 * converged_norm(K, operator)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_cell_keeps_no_more_of_its_maximum_than_its_proof_assumes(rank):
+    # |exp(2i sum w) + 1| = 2 |cos(sum w)|: from the corner of a cell, at 0, to its centre it falls
+    # as fast as any symbol of 3 taps can.
+    axes, of = [_symbol.Axis(3)] * rank, [16] * rank
+    kept = abs(np.exp(2j * rank * 2 * np.pi / 16) + 1) / 2
+    fall = _symbol._fall(axes, of, np.ones(rank, bool))
+    assert kept * (1 - 1e-12) <= fall <= kept * (1 + 1e-15)
+
+
 def test_flat_symbols_stay_within_the_budget(monkeypatch):
-    K = np.zeros((3, 3, 24, 24), np.float32)
-    K[1, 1] = np.eye(24)  # the identity: every frequency is a maximum
-    operator = jsn.Conv((64, 64, 24))
+    K = np.zeros((3, 3, 12, 12), np.float32)
+    K[1, 1] = np.eye(12)  # the identity: every frequency is a maximum
+    operator = jsn.Conv((64, 64, 12))
     assert 1 <= jsn.upper_bound(K, operator=operator, method="symbol") <= 1.0011
-    monkeypatch.setattr("jsn._symbol._BUDGET", 1e7)
+    monkeypatch.setattr("jsn._symbol._BUDGET", 1e8)
     assert 1.0011 < jsn.upper_bound(K, operator=operator, method="symbol") <= 1.2
 
 
@@ -349,9 +369,9 @@ def test_the_gram_bound_is_traced_and_differentiable():
     assert value.dtype == jnp.float32
     assert_certified(value, sigma[0])
     np.testing.assert_allclose(slope, np.outer(left[:, 0], right[0]), atol=2e-3)
-    stack = jax.vmap(bound)(jnp.stack([W, 2 * W]))
+    stack = jax.jit(jax.vmap(bound))(jnp.stack([W, 2 * W]))
     np.testing.assert_allclose(stack, [value, 2 * value], rtol=1e-5)
-    _, tangent = jax.jvp(bound, (W,), (W,))  # homogeneous of degree 1
+    _, tangent = jax.jit(lambda W: jax.jvp(bound, (W,), (W,)))(W)  # homogeneous of degree 1
     np.testing.assert_allclose(tangent, value, rtol=1e-3)
 
 
@@ -363,7 +383,7 @@ def test_the_traced_gram_bound_covers_every_scale():
     assert bound(jnp.zeros((2, 3))) == 0
     assert bound(jnp.full((2, 3), 3e38)) == np.inf
     assert np.isnan(bound(jnp.array([[1.0, jnp.nan]])))
-    slope = jax.grad(lambda W: jsn.upper_bound(W, method="gram"))
+    slope = jax.jit(jax.grad(lambda W: jsn.upper_bound(W, method="gram")))
     assert np.isfinite(slope(jnp.zeros((2, 3)))).all()
     np.testing.assert_allclose(slope(1e-30 * jnp.eye(2, 3))[0, 0], 0.5, atol=0.5)
 
