@@ -436,7 +436,7 @@ def test_a_large_file_needs_little_more_memory_than_its_largest_weight(tmp_path,
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
         return 1024 * int(done.stderr)
 
-    assert peak(48) - peak(1) < 48 * size / 3
+    assert peak(24) - peak(1) < 24 * size / 3
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path, monkeypatch):
