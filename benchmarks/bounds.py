@@ -133,7 +133,7 @@ def _convolutions(settings: dict[str, Any]) -> list[tuple[str, Any, dict[str, An
          {"strides": 2, "transpose": True}),
         ("5 × 5, Gaussian", rng.standard_normal((5, 5, c, c)), {}),
         ("7 × 7, stride 2", rng.standard_normal((7, 7, 3, 4 * c)), {"strides": 2}),
-        ("16 × 16 patches", rng.standard_normal((8, 8, 3, 4 * c)),
+        ("8 × 8 patches", rng.standard_normal((8, 8, 3, 4 * c)),
          {"strides": 8, "padding": "VALID"}),
     ]  # fmt: skip
     return [(kind, K.astype(np.float32), options) for kind, K, options in made]

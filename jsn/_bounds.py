@@ -22,7 +22,14 @@ from jaxtyping import Array
 from jsn import _certify, _errors, _gram, _window
 from jsn._conv import Conv
 from jsn._operator import Matrix, size
-from jsn._rounding import check_arithmetic, dropped, float_up, power_of_two, scaled
+from jsn._rounding import (
+    check_arithmetic,
+    dropped,
+    float_up,
+    power_of_two,
+    scaled,
+    sqrt_up,
+)
 from jsn._rules import Leaf, check_weights
 from jsn._types import Operator
 
@@ -36,8 +43,11 @@ def upper_bound(W: Any, *, operator: Operator | None = None, method: str = "auto
     """An upper bound of the largest singular value of a weight: proven, rounding included.
 
     Never below the largest singular value of the very numbers handed over, whatever their dtype
-    and scale, subnormal numbers included; `docs/bounds.md` says what the proofs assume. W is
-    read on the host in slices; nothing but `method="gram"` runs on its device.
+    and scale, subnormal numbers included; `docs/bounds.md` says what the proofs assume.
+
+    All but "gram" run on the host: W is copied there as it is, the shards of a sharded one put
+    together, and widened to float64 slice by slice. "gram" leaves W where it is, sharded or not,
+    and brings Gram matrices together.
 
     A zero weight gives 0. Where the bound is no float64 it is infinity.
 
@@ -52,8 +62,9 @@ def upper_bound(W: Any, *, operator: Operator | None = None, method: str = "auto
             - "symbol": for a `Conv`, the largest norm of its symbol over all frequencies: holds
               for every input size. Some 0.1 % above the norm at infinite size, exact for
               circular padding whose length the stride divides.
-            - "gram": on the device of `W`, in its precision; works under `jit` and `grad`. For a
-              `Conv` the reshaped kernel times the square root of its overlap, 3 for 3 x 3.
+            - "gram": on the device of `W`, in float32, or float64 where JAX has it; works under
+              `jit` and `grad`. For a `Conv` the reshaped kernel times the square root of its
+              overlap, 3 for 3 x 3.
 
     Returns:
         Bounds of shape `(*batch)`, float64 on the host. If `W` is traced ("gram" only), an array
@@ -114,9 +125,8 @@ def _method(W: Any, operator: Matrix | Conv, method: str) -> str:
         raise ValueError(_errors.bad_method(_CALL, method, str(operator), ["auto", "gram", *known]))
     if isinstance(W, Tracer) and method != "gram":
         raise TypeError(_errors.traced_bound(_CALL, method))
-    widest = 4 if method == "gram" and not jax.config.read("jax_enable_x64") else 8
-    if np.dtype(W.dtype).itemsize > widest:
-        raise TypeError(_errors.too_wide(_CALL, method, str(W.dtype)))
+    if np.dtype(W.dtype).itemsize > 8:
+        raise TypeError(_errors.too_wide(_CALL, str(W.dtype)))
     if method != "auto":
         return method
     if isinstance(operator, Matrix):
@@ -189,18 +199,45 @@ def _on_device(W: Any, operator: Matrix | Conv) -> Any:
     Raises:
         ValueError: If a concrete `W` has entries that are not finite.
     """
+    factor = _overlap(operator, W.shape)
     if isinstance(W, Tracer):
-        bound = _gram.bound(*_as_matrices(W, operator), factor=_overlap(operator, W.shape))
+        bound = _gram.bound(*_as_matrices(W, operator), factor=factor)
         return jnp.max(bound, axis=-1) if isinstance(operator, Conv) else bound
+    rest, shift = {}, {}
+    if W.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        check_finite(np.asarray(W))
+        W, rest, shift = _halved(np.asarray(W), operator)
     mantissa, exponent = (np.asarray(part) for part in _parts(jnp.asarray(W), operator))
     if np.isnan(mantissa).any():
         check_finite(np.asarray(W))
-    factor = _overlap(operator, W.shape)
     bounds = np.empty(mantissa.shape)
     for index in np.ndindex(*bounds.shape):
         scale = power_of_two(int(exponent[index])) if mantissa[index] else 0
-        bounds[index] = float_up(Fraction(float(mantissa[index])) * factor * scale)
+        entry = index[:-1] if isinstance(operator, Conv) else index
+        norm = Fraction(float(mantissa[index])) * scale + rest.get(entry, 0)
+        bounds[index] = float_up(norm * factor * power_of_two(shift.get(entry, 0)))
     return bounds.max(axis=-1) if isinstance(operator, Conv) else bounds[()]
+
+
+def _halved(W: np.ndarray, operator: Matrix | Conv) -> tuple[np.ndarray, dict, dict]:
+    """A float64 weight for a device that has float32: rounded, with a bound of what that leaves.
+
+    Returns:
+        The weight in float32, each batch entry scaled to entries of at most 1; and for each batch
+        entry a bound of the norm of the rest, and the exponent of its scale.
+    """
+    axes = operator._batch if isinstance(operator, Conv) else operator._axes(W.ndim)[2]
+    front = range(len(axes))
+    high, rest, shift = np.zeros(W.shape, np.float32), {}, {}
+    for index in np.ndindex(*operator.batch(W.shape)):
+        part = np.moveaxis(W, axes, front)[index]
+        shift[index] = _peak_exponent(part) or 0
+        part = scaled(part, shift[index])
+        np.moveaxis(high, axes, front)[index] = part
+        largest = Fraction(float(np.max(np.abs(part - part.astype(np.float32)))))  # exact
+        rest[index] = sqrt_up(Fraction(part.size)) * largest + dropped(part.size)
+        rest[index] *= bool(part.any())
+    return high, rest, shift
 
 
 @functools.partial(jax.jit, static_argnums=1)

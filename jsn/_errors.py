@@ -416,11 +416,11 @@ def traced_bound(call: str, method: str) -> str:
     )
 
 
-def too_wide(call: str, method: str, dtype: str) -> str:
-    """A dtype with more digits than the proof computes with."""
+def too_wide(call: str, dtype: str) -> str:
+    """A dtype with more digits than the proofs compute with."""
     return (
-        f"{call}: dtype {dtype} has more digits than method {method!r} computes with. "
-        'Use method="cholesky" for float64 (or enable x64), and cast what is wider.'
+        f"{call}: dtype {dtype} has more digits than bounds are proven in. Expected float64 or "
+        "less: cast the weight, and the bound is that of the cast one."
     )
 
 
@@ -492,4 +492,32 @@ def cap_needs_matrix(call: str, problems: Sequence[Problem]) -> str:
         f"{_rows(problems)}\n"
         "Give these leaves a rule with jsn.Matrix or None, or use "
         "jsn.optim.keep_spectral_norm_below."
+    )
+
+
+def not_moved(call: str, found: str) -> str:
+    """An input of `lipschitz_bound` is not made of real floating point arrays."""
+    return (
+        f"{call}: x is made of {found}.\n"
+        "A Lipschitz constant says how far outputs move when inputs do: pass floating point "
+        "arrays, and close over everything else: lambda x: fn(x, labels)."
+    )
+
+
+def bound_overflows(call: str) -> str:
+    """A Lipschitz constant exceeds every float."""
+    return f"{call}: the bound is larger than any float64. Normalize the weights of this function."
+
+
+def no_constant(
+    call: str, primitive: str, shapes: str, source: str, layer: str, reason: str
+) -> str:
+    """No finite Lipschitz constant is known for a primitive."""
+    where = f"{source}, in {layer}" if layer else source
+    return (
+        f"{call}: no finite Lipschitz constant is known, because of `{primitive}` of {shapes}\n"
+        f"  at {where}:\n"
+        f"  it {reason}.\n"
+        "Bound its operands (jnp.clip, jnp.tanh, a floor under a square root or a division), or "
+        "leave it out of the function."
     )
