@@ -1,24 +1,29 @@
-"""Every error of the core, brought about through the public API: where, got, expected, fix.
+"""Every message of jsn, brought about through its public interface: where, got, expected, fix.
 
-`CASES` lists bad input by the function of `_errors.py` that has to word its error. What adapters
-and certificates refuse is tested beside them; that no wording is unused is tested here.
+`CASES` lists bad input by the function of `_errors.py` that has to word it; `SURROUNDINGS` those
+that also need a file, a missing package or a strange processor. A wording without a case fails.
 """
 
 import ast
 import collections
+import contextlib
 import inspect
+import io
 import pathlib
 import re
+import sys
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 import jsn
-from jsn import Matrix, _errors
+from jsn import Conv, Matrix, _errors
+from jsn.__main__ import main
 
 KEY = jax.random.key(0)
 W, U = jnp.ones((4, 3)), jnp.ones(3)
@@ -52,6 +57,69 @@ integers, complexes = jnp.ones((4, 3), int), jnp.ones((4, 3), complex)
 rule = lambda pattern, operator: [(pattern, operator), *jsn.FLAX]
 dense = jsn.linen.spectral_norm(nn.Dense)
 ONE_BY_ONE = {"u": {"enc": {"kernel": np.ones((1, 1))}}}
+
+
+class Custom(nn.Module):
+    """A layer that jsn does not know."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.ones, (4, 3))
+
+
+def linear():
+    return nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+
+WRAPPED = jsn.nnx.spectral_norm(linear(), warmup=0)
+
+
+def bound(W=W, **options):
+    return lambda: jsn.upper_bound(W, **options)
+
+
+def gram(W):
+    return jsn.upper_bound(W, method="gram")
+
+
+def updated(tx):
+    return tx.update(PARAMS, tx.init(PARAMS))
+
+
+def far(x):
+    for _ in range(10):
+        x = x @ (1e38 * jnp.eye(3))
+    return x
+
+
+def radius(logits=((3.0, 1.0),), bound=1.0):
+    return lambda: jsn.certified_radius(logits, bound)
+
+
+def accuracy(labels=(0,), radii=1.0):
+    return lambda: jsn.certified_accuracy([[3.0, 1.0]], np.array(labels), 1.0, radii)
+
+
+LIPSCHITZ = [
+    (
+        "not_moved",
+        TypeError,
+        lambda: jsn.lipschitz_bound(lambda x: x, jnp.ones(3, int)),
+        ["jsn.lipschitz_bound: x is made of int", "floating point", "lambda x: fn(x, labels)"],
+    ),
+    (
+        "bound_overflows",
+        ValueError,
+        lambda: jsn.lipschitz_bound(far, U),
+        ["jsn.lipschitz_bound: the bound is larger than any float64", "Normalize the weights"],
+    ),
+    (
+        "no_constant",
+        ValueError,
+        lambda: jsn.lipschitz_bound(lambda x: x * x, U),
+        ["no finite Lipschitz constant is known", "`mul`", "test_errors.py:", "jnp.clip"],
+    ),
+]
 
 # wording, kind of error, what to do, and parts of the message: where, got, expected, fix.
 CASES = [
@@ -420,7 +488,172 @@ CASES = [
         lambda: jsn.linen.spectral_norm(nn.Dense, bound=-1.0)(3).init(KEY, X),
         ["bound is not usable", "found -1.0"],
     ),
+    (
+        "not_a_model",
+        TypeError,
+        lambda: jsn.linen.operators(nn.Dense, X),
+        [
+            "jsn.linen.operators: expected an instance",
+            "linear.Dense'> (type)",
+            "operators(Model(), x)",
+        ],
+    ),
+    (
+        "not_exact",
+        UserWarning,
+        lambda: jsn.linen.operators(Custom(), X),
+        ["jsn.linen.operators: 1 weight could not be read exactly", "kernel", "rules=[("],
+    ),
+    # --- nnx ---
+    (
+        "not_nnx",
+        TypeError,
+        lambda: jsn.nnx.spectral_norm(nnx.Linear),
+        ["jsn.nnx.spectral_norm: expected a flax.nnx.Module", "class Linear", "Wrap an instance"],
+    ),
+    (
+        "nnx_wrapped_twice",
+        ValueError,
+        lambda: jsn.nnx.spectral_norm(WRAPPED),
+        ["jsn.nnx.spectral_norm: the module is wrapped already", "wrapper.module"],
+    ),
+    (
+        "no_nnx_wrapper",
+        ValueError,
+        lambda: jsn.nnx.fold(linear()),
+        ["jsn.nnx.fold: found no wrapper in this Linear", "jsn.nnx.spectral_norm"],
+    ),
+    (
+        "nnx_other_trace",
+        flax.errors.TraceContextError,
+        lambda: jax.jit(WRAPPED)(X),
+        ["jsn.nnx: in training mode", "Pass the module as an argument through nnx.jit", ".eval()"],
+    ),
+    # --- optim ---
+    (
+        "no_params",
+        ValueError,
+        lambda: updated(jsn.optim.keep_spectral_norm_below(1.0, warmup=0)),
+        ["jsn.optim.", "needs the parameters", "tx.update(updates, state, params)"],
+    ),
+    (
+        "no_cap",
+        ValueError,
+        lambda: jsn.optim.soft_cap(1.0, max_update=0.5),
+        ["jsn.optim.soft_cap: for bound=1", "max_update=0.5", "expected at most", "hard_cap"],
+    ),
+    (
+        "cap_needs_matrix",
+        ValueError,
+        lambda: jsn.optim.hard_cap(1.0, rules=[("dec/kernel", Conv((8, 8, 2)))]).init(PARAMS),
+        ["jsn.optim.hard_cap: 1 weight is not seen as a matrix", "dec/kernel", "jsn.Matrix"],
+    ),
+    # --- convolutions ---
+    ("bad_conv", ValueError, lambda: Conv((32,)), ["jsn.Conv: input_shape=(32,)", "(32, 32, 3)"]),
+    ("bad_conv", ValueError, lambda: Conv((8, 3), strides=0), ["jsn.Conv: strides=0", "from 1 on"]),
+    ("bad_conv", ValueError, lambda: Conv((8, 3), padding="EDGE"), ["padding='EDGE'", "'REFLECT'"]),
+    (
+        "cannot_view",
+        ValueError,
+        init(rules=rule("dec/kernel", Conv((8, 8, 3)))),
+        ["dec/kernel: shape (3, 3, 2, 5), rule Conv((8, 8, 3)): 2 input channels"],
+    ),
+    # --- bounds ---
+    (
+        "not_finite",
+        ValueError,
+        bound(np.array([[1.0, np.nan], [np.inf, 0.0]])),
+        ["jsn.upper_bound: 2 of 4 entries not finite", "at (0, 1), is nan", "repair the weight"],
+    ),
+    (
+        "no_bound_for",
+        TypeError,
+        bound(operator="conv"),
+        ["jsn.upper_bound: no bound is known for the operator 'conv'", "jsn.Matrix or jsn.Conv"],
+    ),
+    (
+        "bad_method",
+        ValueError,
+        bound(method="svd"),
+        ["jsn.upper_bound: method is 'svd'", "Matrix()", "'auto', 'gram', 'cholesky'"],
+    ),
+    (
+        "traced_bound",
+        TypeError,
+        lambda: jax.jit(jsn.upper_bound)(W),
+        ["jsn.upper_bound: W is traced", "'auto' runs on the host", 'method="gram"'],
+    ),
+    (
+        "too_long",
+        ValueError,
+        lambda: jax.eval_shape(gram, jax.ShapeDtypeStruct((2**23, 1), jnp.float32)),
+        ["jsn.upper_bound: an inner product of 8388609 terms", 'method="cholesky"'],
+    ),
+    *(LIPSCHITZ if hasattr(jsn, "lipschitz_bound") else ()),
+    # --- certified robustness ---
+    (
+        "bad_logits",
+        ValueError,
+        radius(logits=[[1.0]]),
+        ["jsn.certified_radius: logits have shape (1, 1)", "at least two classes"],
+    ),
+    (
+        "bad_lipschitz",
+        ValueError,
+        radius(bound=-2.0),
+        ["jsn.certified_radius: bound is -2.0", "at least 0", "jsn.lipschitz_bound"],
+    ),
+    (
+        "bad_labels",
+        ValueError,
+        accuracy(labels=[2]),
+        ["jsn.certified_accuracy: labels have values from 2 to 2, expected 0 to 1"],
+    ),
+    (
+        "bad_radii",
+        ValueError,
+        accuracy(radii=-1.0),
+        ["jsn.certified_accuracy: radii are -1.0, expected numbers of at least 0"],
+    ),
+    # --- interop ---
+    (
+        "not_importable",
+        TypeError,
+        lambda: jsn.interop.from_torch(3),
+        ["jsn.interop.from_torch: expected a state dict", "found int"],
+    ),
+    (
+        "bad_entries",
+        ValueError,
+        lambda: jsn.interop.from_torch({"a": "text", "b": np.eye(2)}),
+        ["jsn.interop.from_torch: 1 entry cannot be used", "a: found str", "Expected names to"],
+    ),
+    (
+        "nothing_imported",
+        ValueError,
+        lambda: jsn.interop.from_torch({"fc.weight": np.eye(2)}),
+        ["jsn.interop.from_torch: nothing here", "Expected keys", "The entries are: fc.weight"],
+    ),
+    (
+        "cannot_export",
+        ValueError,
+        lambda: jsn.interop.to_torch({"w": jnp.ones((2, 3, 4))}, STACKED),
+        ["jsn.interop.to_torch: 1 weight cannot be expressed", "w: ", "jsn.fold(params, state)"],
+    ),
+    (
+        "pickled_file",
+        ValueError,
+        lambda: jsn.interop.from_torch("critic.pt"),
+        ["jsn.interop.from_torch: critic.pt is no .safetensors file", "weights_only=True"],
+    ),
+    (
+        "unreadable_file",
+        FileNotFoundError,
+        lambda: jsn.interop.from_torch("nowhere.safetensors"),
+        ["nowhere.safetensors cannot be read as safetensors: no such file", "Save or download"],
+    ),
 ]
+STACKED = jsn.init({"w": jnp.ones((2, 3, 4))}, rules=[("w", Matrix(batch_axis=0))], warmup=0)
 
 
 @pytest.mark.parametrize(
@@ -429,15 +662,151 @@ CASES = [
     ids=[f"{index}-{case[0]}" for index, case in enumerate(CASES)],
 )
 def test_bad_input_is_told(wording, error, do, parts, monkeypatch):
-    used = []
-    original = getattr(_errors, wording)
-    monkeypatch.setattr(_errors, wording, lambda *a, **k: used.append(1) or original(*a, **k))
-    with pytest.raises(error) as caught:
+    check_told(wording, error, do, parts, monkeypatch)
+
+
+def check_told(wording, error, do, parts, monkeypatch):
+    """The error is raised, and it was this wording that said all of it."""
+    worded, original = [], getattr(_errors, wording)
+
+    def listen(*facts, **more):
+        worded.append(original(*facts, **more))
+        return worded[-1]
+
+    monkeypatch.setattr(_errors, wording, listen)
+    with pytest.raises(error) as caught:  # a warning is raised too, as everywhere in these tests
         do()
-    assert used
     assert type(caught.value) is error
+    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert any(" ".join(text.split()) in " ".join(told.split()) for text in worded)
     for part in parts:
-        assert part in str(caught.value)
+        assert part in told
+
+
+# --- what needs files, packages or processors ------------------------------------------------
+
+
+class Told(Exception):
+    """What the command wrote on stderr."""
+
+
+def jsn_audit(*argv):
+    """Runs the command, and raises what it tells."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = main(["audit", *map(str, argv)])
+        except SystemExit as stop:
+            status = stop.code
+    assert status
+    raise Told(err.getvalue())
+
+
+class Elsewhere:
+    """What a weight looks like whose other shards other processes hold."""
+
+    is_fully_addressable = False
+    shape, ndim, dtype, size = (2, 2), 2, np.dtype(np.float32), 4
+
+
+def without(patch, *packages):
+    for package in packages:
+        patch.setitem(sys.modules, package, None)
+
+
+def plot_without_matplotlib(patch, folder):
+    without(patch, "matplotlib", "matplotlib.figure")
+    jsn.audit(PARAMS["enc"]).plot(folder / "out.png")
+
+
+def read_without_safetensors(patch, folder):
+    without(patch, "safetensors")
+    jsn.interop.from_torch(folder / "x.safetensors")
+
+
+def audit_a_pickle(patch, folder):
+    (folder / "x.pt").write_bytes(b"PK\3\4")
+    jsn_audit(folder / "x.pt")
+
+
+def audit_a_text(patch, folder):
+    (folder / "x.txt").write_text("hello")
+    jsn_audit(folder / "x.txt")
+
+
+def flush_subnormal_numbers(patch, folder):
+    patch.setattr(np, "ones", np.zeros)  # a stand-in: with ones the check computes
+    jsn.upper_bound(np.eye(2))
+
+
+def run_on_a_tpu(patch, folder):
+    patch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.jit(gram)(W)
+
+
+SURROUNDINGS = [
+    (
+        "missing_extra",
+        ImportError,
+        plot_without_matplotlib,
+        ["jsn.audit: a plot needs matplotlib, which is not installed", "pip install 'jsn[audit]'"],
+    ),
+    (
+        "missing_package",
+        ImportError,
+        read_without_safetensors,
+        ["jsn.interop.from_torch: reading .safetensors files", "pip install safetensors"],
+    ),
+    (
+        "pickled_checkpoint",
+        Told,
+        audit_a_pickle,
+        ["x.pt: is a pickle, which can run code", "safetensors.torch.save_file"],
+    ),
+    (
+        "unknown_checkpoint",
+        Told,
+        audit_a_text,
+        ["x.txt: is in no format that jsn reads: expected .safetensors, .npz"],
+    ),
+    (
+        "bad_view",
+        Told,
+        lambda patch, folder: jsn_audit("x.npz", "--rules", "kernel=what"),
+        ["--rules 'kernel=what': 'what' means nothing", "Expected PATTERN=VIEW"],
+    ),
+    (
+        "bad_arithmetic",
+        FloatingPointError,
+        flush_subnormal_numbers,
+        ["jsn.upper_bound: on this thread, subnormal numbers are flushed", "Expected the IEEE"],
+    ),
+    (
+        "not_addressable",
+        ValueError,
+        lambda patch, folder: jsn.upper_bound(Elsewhere()),
+        ["jsn.upper_bound: this process can read only a part", "process_allgather"],
+    ),
+    (
+        "gram_on_tpu",
+        ValueError,
+        run_on_a_tpu,
+        ['jsn.upper_bound: method="gram" is not proven on a TPU', "jax.default_device"],
+    ),
+    pytest.param(
+        "too_wide",
+        TypeError,
+        lambda patch, folder: jsn.upper_bound(np.ones((2, 2), np.longdouble)),
+        ["jsn.upper_bound: dtype float128 has more digits", "Expected float64 or less"],
+        marks=pytest.mark.skipif(
+            np.finfo(np.longdouble).bits == 64, reason="long double is float64 here"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("wording", "error", "do", "parts"), SURROUNDINGS)
+def test_bad_surroundings_are_told(wording, error, do, parts, monkeypatch, tmp_path):
+    check_told(wording, error, lambda: do(monkeypatch, tmp_path), parts, monkeypatch)
 
 
 # --- the wordings themselves ----------------------------------------------------------------
@@ -465,11 +834,11 @@ def test_no_wording_is_unreachable():
     assert set(used) - WORDINGS == set(), "these do not exist"
 
 
-def test_every_wording_of_the_core_has_a_case():
-    of_the_core = sum(
-        (uses((PACKAGE / f"{n}.py").read_text()) for n in CORE), collections.Counter()
-    )
-    assert set(of_the_core) - {case[0] for case in CASES} == set()
+def test_every_wording_has_a_case():
+    """A new message needs a case above: input that brings it about, and what it must say."""
+    cases = {case[0] for case in [*CASES, *LIPSCHITZ]}
+    cases |= {getattr(case, "values", case)[0] for case in SURROUNDINGS}
+    assert WORDINGS - cases == set()
 
 
 def test_the_search_for_uses_sees_a_use():
