@@ -142,10 +142,11 @@ def draw(results: list[Result], path: str) -> None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for result, color in zip(results, ("C0", "C3"), strict=True):
-        label = f"{result.name}, Lipschitz bound {result.bound:.3g}"
+        proven = f"{result.name}: proven, Lipschitz bound {result.bound:.3g}"
         axes.fill_between(RADII, result.certified, result.attacked, color=color, alpha=0.12, lw=0)
-        axes.plot(RADII, result.certified, color=color, label=f"{label}: proven")
-        axes.plot(RADII, result.attacked, "--", color=color, label="under attack (PGD)")
+        axes.plot(RADII, result.certified, color=color, label=proven)
+        under_attack = f"{result.name}: under attack (PGD)"
+        axes.plot(RADII, result.attacked, "--", color=color, label=under_attack)
     axes.set(xlabel="l2 radius (pixels from 0 to 1)", ylabel="accuracy", xlim=(0, RADII[-1]))
     axes.set(ylim=(0, 1.02), title="Digits that stay right when pictures move")
     axes.grid(alpha=0.3)

@@ -300,19 +300,28 @@ def _plot_depth(axes: Any, audit: Audit) -> None:
     axes.set(yscale="log", ylabel="sigma", title="Norms along depth")
     if len(audit.rows) <= 24:
         labels = [_label(row.path) for row in audit.rows]
-        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+        slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        roomy = sum(map(len, labels)) < 60
+        axes.set_xticks(range(len(labels)), labels, fontsize=8, **({} if roomy else slanted))
     else:
         axes.set_xlabel("weight")
-    _plain_ticks(axes)
+    _plain_ticks(axes.yaxis)
     if missing:
         axes.legend(fontsize=8)
 
 
-def _plain_ticks(axes: Any) -> None:
-    """Labels a logarithmic axis with plain numbers, and between powers of ten if it is short."""
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.yaxis.set_minor_formatter((lambda x, _: f"{x:g}") if high < 20 * low else "")
+def _plain_ticks(axis: Any) -> None:
+    """Labels a logarithmic axis with plain numbers: the more of them, the shorter it is."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    digits = (2, 3, 5) if decades < 1.4 else (2, 5) if decades < 2.4 else ()
+
+    def between(x: float, _: Any) -> str:
+        digit = round(x / 10 ** math.floor(math.log10(x)), 9)
+        return f"{x:.3g}" if decades < 0.5 or digit in digits else ""
+
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(between)
 
 
 def _plot_spectra(axes: Any, audit: Audit) -> None:
@@ -325,7 +334,8 @@ def _plot_spectra(axes: Any, audit: Audit) -> None:
         axes.plot(1, values[0], "o", ms=3, color=axes.lines[-1].get_color())
     axes.set(xscale="log", yscale="log", xlabel="index", ylabel="singular value")
     axes.set_title("Spectra of the largest norms")
-    _plain_ticks(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
     if drawn:
         axes.legend(fontsize=8)
     else:
