@@ -18,6 +18,7 @@ from jsn import optim as optim
 from jsn._audit import audit as audit
 from jsn._bounds import upper_bound as upper_bound
 from jsn._conv import Conv as Conv
+from jsn._lipschitz import lipschitz_bound as lipschitz_bound
 from jsn._normalize import fold as fold
 from jsn._normalize import init as init
 from jsn._normalize import normalize as normalize

@@ -22,11 +22,14 @@ that both are the same is checked with exact fractions.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from jsn._expr import Expr, walk
+from jsn._expr import GROUP, Expr, Pool, walk
 from jsn._rounding import float_up, sqrt_up
+from jsn._slope import largest_slope
+from jsn._upward import times
 
 
 class Linear(NamedTuple):
@@ -48,14 +51,14 @@ class Square(NamedTuple):
 
 def is_shared(node: Expr) -> bool:
     """Whether an expression is the same for all elements of a group."""
-    if node.op == "leaf":
+    if node.op == "leaf" or (node.op == "const" and node.value is None):
         return False
-    return node.op in ("group_sum", "group_max") or all(map(is_shared, node.args))
+    return node.op in GROUP or all(map(is_shared, node.args))
 
 
 def group_size(node: Expr) -> int | None:
     """The size of the groups of an expression; None if there are none, or of several kinds."""
-    found = {part.params for part in walk(node) if part.op in ("group_sum", "group_max")}
+    found = {part.params for part in walk(node) if part.op in GROUP}
     return next(iter(found))[1] if len(found) == 1 else None
 
 
@@ -162,16 +165,45 @@ def _norm(z: Linear, n: int) -> Fraction:
 # --- the compositions -----------------------------------------------------------------------------
 
 
-def slope(node: Expr) -> float | None:
-    """A bound of the norm of the derivative of one of the known compositions; None for others."""
+def norm_bound(node: Expr, pool: Pool, known: dict[int, float]) -> float:
+    """A bound of the norm of the derivative of a function of a group; infinity for unknown ones.
+
+    Where an expression depends on its variable only through a part w, it is tried as a function
+    of w after w: softmax(tanh(y)), or a normalization of y + bias.
+
+    Args:
+        node: The expression.
+        pool: Where it was made.
+        known: Bounds that were found before, by the identity of the expression.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf if node.grouped else largest_slope(node)
+        if node.grouped:
+            known[id(node)] = min([_alone(node), *_after(node, pool, known)])
+    return known[id(node)]
+
+
+def _after(node: Expr, pool: Pool, known: dict[int, float]) -> Iterator[float]:
+    for part in walk(node):
+        if part.depends and part.op != "leaf" and part is not node:
+            shared = is_shared(part)
+            outer = pool.replaced(node, part)
+            if outer is None or (shared and (outer.grouped or not is_shared(node))):
+                continue
+            inner = norm_bound(part, pool, known)
+            if math.isfinite(inner):
+                yield times(inner, norm_bound(outer, pool, known))
+
+
+def _alone(node: Expr) -> float:
+    """The bound of one of the known compositions; infinity for others."""
     n = group_size(node)
-    if n is None:
-        return None
-    for known in (_linear, _softmax, _log_softmax, _log_sum_exp, _root, _normalized):
-        found = known(node, n)
-        if found is not None:
-            return float_up(found)
-    return None
+    if n is not None:
+        for one in (_linear, _softmax, _log_softmax, _log_sum_exp, _root, _normalized):
+            found = one(node, n)
+            if found is not None:
+                return float_up(found)
+    return math.inf
 
 
 def _linear(node: Expr, n: int) -> Fraction | None:
@@ -260,7 +292,7 @@ def _rooted(node: Expr, n: int) -> Square | None:
 
 def _normalized(node: Expr, n: int) -> Fraction | None:
     number, factors = _product(node)
-    widths = [max(map(abs, f.params)) for f in factors if f.op == "const"]
+    widths = [max(map(abs, f.params[:2])) for f in factors if f.op == "const"]
     factors = [factor for factor in factors if factor.op != "const"]
     if len(factors) != 2 or not all(map(math.isfinite, widths)):
         return None

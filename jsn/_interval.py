@@ -3,7 +3,8 @@
 In: arrays of lower and upper ends, infinite ones included. Out: intervals that contain every
 result for every choice of real (finite) numbers within the operands. Must not know expressions.
 
-An operation that floating point gives exactly is not widened, so that 0 stays 0.
+A sum that floating point gives exactly is not widened, nor a product with 0 or a power of two:
+constants of piecewise linear functions come out as they are.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
-_LIBRARY = 1e-14
-"""Relative error of a function of the C library, of numpy or of scipy: far more than they have."""
+_LIBRARY = 1e-12
+"""Relative error of a function of the C library, of numpy or of scipy, its argument's rounding
+included: far more than they have."""
+_TINY = 1e-300
 
 
 class Interval(NamedTuple):
@@ -94,36 +97,23 @@ def neg(x: Interval) -> Interval:
 
 def mul(x: Interval, y: Interval) -> Interval:
     """The product; a factor 0 gives 0, whatever the other may be."""
-    pairs = [(a, b) for a in x for b in y]
-    return Interval(
-        np.minimum.reduce([_product(a, b, -np.inf) for a, b in pairs]),
-        np.maximum.reduce([_product(a, b, np.inf) for a, b in pairs]),
-    )
-
-
-def _product(a: Array, b: Array, toward: float) -> Array:
+    a, b = np.stack([x.lo, x.lo, x.hi, x.hi]), np.stack([y.lo, y.hi, y.lo, y.hi])
+    zero = (a == 0) | (b == 0)
     with np.errstate(all="ignore"):
-        p = np.where((a == 0) | (b == 0), 0, a * b)
-        exact = _exact(p, a, b) | (a == 0) | (b == 0) | np.isinf(a) | np.isinf(b)
-        return np.where(exact, p, np.nextafter(p, toward))
-
-
-def _exact(p: Array, a: Array, b: Array) -> Array:
-    """Whether p is the product without rounding (Dekker's splitting, away from both ends)."""
-    (a1, a2), (b1, b2) = ((x1 := (c := 134217729.0 * x) - (c - x), x - x1) for x in (a, b))
-    rest = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
-    middle = [(np.abs(x) > 1e-140) & (np.abs(x) < 1e140) for x in (a, b)]
-    return (rest == 0) & middle[0] & middle[1]
+        p = np.where(zero, 0, a * b)
+        shifted = (np.abs(np.frexp(a)[0]) == 0.5) | (np.abs(np.frexp(b)[0]) == 0.5)
+        exact = zero | (shifted & (np.abs(p) > _TINY)) | np.isinf(a) | np.isinf(b)
+        lo, hi = np.nextafter(p, -np.inf), np.nextafter(p, np.inf)
+    return Interval(np.where(exact, p, lo).min(0), np.where(exact, p, hi).max(0))
 
 
 def reciprocal(x: Interval) -> Interval:
     """The inverse; everything where x contains 0."""
     with np.errstate(all="ignore"):
         lo, hi = 1 / x.hi, 1 / x.lo
-        one = np.ones(())
         inverse = Interval(
-            np.where(_exact(one, x.hi, lo), lo, np.nextafter(lo, -np.inf)),
-            np.where(_exact(one, x.lo, hi), hi, np.nextafter(hi, np.inf)),
+            np.where(np.abs(lo) == 1, lo, np.nextafter(lo, -np.inf)),
+            np.where(np.abs(hi) == 1, hi, np.nextafter(hi, np.inf)),
         )
     positive = Interval(np.maximum(inverse.lo, 0), np.where(x.lo == 0, np.inf, inverse.hi))
     negative = Interval(np.where(x.hi == 0, -np.inf, inverse.lo), np.minimum(inverse.hi, 0))
@@ -139,34 +129,42 @@ def div(x: Interval, y: Interval) -> Interval:
 # --- functions ------------------------------------------------------------------------------------
 
 
-def widened(lo: Array, hi: Array, shift: float = 0.0) -> Interval:
-    """Intervals that also contain what a library function was off by, and `shift` beyond."""
+def widened(lo: Array, hi: Array, within: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """Intervals that also contain what a library function was off by, but nothing outside `within`.
+
+    Results so small that they lose digits, or become 0, are off by less than `_TINY`.
+    """
     lo, hi = np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)
     with np.errstate(all="ignore"):
-        lo = np.where(np.isinf(lo), np.nextafter(lo, -np.inf), lo - np.abs(lo) * _LIBRARY - shift)
-        hi = np.where(np.isinf(hi), np.nextafter(hi, np.inf), hi + np.abs(hi) * _LIBRARY + shift)
-    return Interval(lo, hi)
+        lo = np.where(np.isinf(lo), np.nextafter(lo, -np.inf), lo - np.abs(lo) * _LIBRARY - _TINY)
+        hi = np.where(np.isinf(hi), np.nextafter(hi, np.inf), hi + np.abs(hi) * _LIBRARY + _TINY)
+    return Interval(np.maximum(lo, within[0]), np.minimum(hi, within[1]))
 
 
-def increasing(f: Callable, x: Interval, at_zero: float | None = None) -> Interval:
+def increasing(
+    f: Callable,
+    x: Interval,
+    within: tuple[float, float] = (-np.inf, np.inf),
+    at_zero: float | None = None,
+) -> Interval:
     """A function of intervals, for an increasing function of the library."""
     with np.errstate(all="ignore"):
-        y = widened(f(x.lo), f(x.hi))
+        y = widened(f(x.lo), f(x.hi), within)
     if at_zero is not None:
         y = Interval(np.where(x.lo == 0, at_zero, y.lo), np.where(x.hi == 0, at_zero, y.hi))
     return y
 
 
-def decreasing(f: Callable, x: Interval) -> Interval:
+def decreasing(f: Callable, x: Interval, within: tuple[float, float]) -> Interval:
     """A function of intervals, for a decreasing function of the library."""
     with np.errstate(all="ignore"):
-        return widened(f(x.hi), f(x.lo))
+        return widened(f(x.hi), f(x.lo), within)
 
 
-def bump(f: Callable, x: Interval) -> Interval:
-    """A function of intervals, for an even function that falls on both sides of 0."""
+def bump(f: Callable, x: Interval, top: float) -> Interval:
+    """A function of intervals, for an even function that falls from `top` on both sides of 0."""
     with np.errstate(all="ignore"):
-        return widened(f(magnitude(x)), f(mignitude(x)))
+        return widened(f(magnitude(x)), f(mignitude(x)), (0.0, top))
 
 
 def odd_wave(f: Callable, peak: float, x: Interval) -> Interval:
@@ -186,7 +184,8 @@ def odd_wave(f: Callable, peak: float, x: Interval) -> Interval:
                 np.where(np.isinf(end), 0, f(np.where(np.isinf(end), 0, end))) for end in (lo, hi)
             ]
         holds = (lo <= peak * 1.01) & (hi >= peak * 0.99)
-        return widened(np.minimum(*ends), np.where(holds, top, np.maximum(*ends)))
+        low, high = np.minimum(*ends), np.where(holds, top, np.maximum(*ends))
+        return widened(low, high, (0.0, np.inf))
 
     up = above_zero(np.maximum(x.lo, 0), np.maximum(x.hi, 0))
     down = neg(above_zero(np.maximum(-x.hi, 0), np.maximum(-x.lo, 0)))
