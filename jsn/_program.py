@@ -105,11 +105,14 @@ def _compute(equation: Equation, operands: list) -> list:
 
 def _scan(bounds: Bounds, equation: Equation, operands: list) -> list:
     """Round after round."""
-    params = equation.params
-    n_consts, n_carry, length = (params[key] for key in ("num_consts", "num_carry", "length"))
+    params, body = equation.params, equation.params["jaxpr"]
+    # What is stacked has one more axis outside than inside.
+    n_carry = _unstacked(equation.outvars, body.jaxpr.outvars)
+    n_consts = _unstacked(equation.invars, body.jaxpr.invars) - n_carry
     consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
-    xs, body = operands[n_consts + n_carry :], params["jaxpr"]
+    xs = operands[n_consts + n_carry :]
     rows: list[list] = [[] for _ in equation.outvars[n_carry:]]
+    length = params["length"]
     order = range(length)[::-1] if params["reverse"] else range(length)
     for i in order:
         out = run(bounds, body, [*consts, *carry, *(_row(bounds, x, i) for x in xs)], equation)
@@ -121,6 +124,10 @@ def _scan(bounds: Bounds, equation: Equation, operands: list) -> list:
         for row, out in zip(rows, equation.outvars[n_carry:], strict=True)
     ]
     return [*carry, *ys]
+
+
+def _unstacked(outside: list, inside: list) -> int:
+    return sum(x.aval.shape == y.aval.shape for x, y in zip(outside, inside, strict=True))
 
 
 def _row(bounds: Bounds, x: Any, i: int) -> Any:
