@@ -632,7 +632,7 @@ def test_fuzzed_files_cost_neither_memory_nor_time(put, tmp_path, name):
     put("x.safetensors", safetensors(header, bytes(112)))
     content, rng = (tmp_path / name).read_bytes(), random.Random(name)
     path = tmp_path / f"fuzzed{(tmp_path / name).suffix}"
-    start = time.monotonic()
+    start = time.process_time()
     tracemalloc.start()
     for _ in range(250):
         path.write_bytes(mutated(rng, content))
@@ -648,7 +648,7 @@ def test_fuzzed_files_cost_neither_memory_nor_time(put, tmp_path, name):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 2**25
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
 
 
 def test_shorten_makes_text_safe_to_print():
