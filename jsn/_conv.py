@@ -34,8 +34,8 @@ class Conv:
     """A convolution kernel as the map of its layer, from one whole image to another.
 
     Its norm is the true operator norm of the convolution, where `Matrix` gives the norm of the
-    kernel reshaped to a matrix, which is up to three times smaller for a 3 x 3 kernel and any
-    factor off for a grouped one (`docs/convolutions.md`). One step costs the forward and the
+    kernel reshaped to a matrix: up to three times smaller for a 3 x 3 kernel, and for a grouped
+    one up to sqrt(groups) times larger (`docs/convolutions.md`). One step costs the forward and the
     backward pass of the layer on `block_size` images.
 
     Args:

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import math
 import re
 import warnings
 
@@ -45,7 +44,22 @@ def same(operator, shape, expected) -> bool:
 
 
 def inits(model, *args):
-    return traverse_util.flatten_dict(model.init(KEY, *args)["params"], sep="/")
+    return traverse_util.flatten_dict(made(model, *args)["params"], sep="/")
+
+
+def made(model, *args):
+    """The variables of a model: compiled, which is faster than `model.init` by itself."""
+    return jax.jit(model.init)(KEY, *args)
+
+
+def tracked(model, *args):
+    """Paths and operators in the state of a decorated model."""
+    return jax.eval_shape(model.init, KEY, *args)["sn_state"]["spectral_norm"].operators
+
+
+def normalized(params, rules):
+    """The parameters after 15 power steps."""
+    return jax.jit(jsn.fold)(params, jsn.init(params, rules=rules))
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -84,26 +98,38 @@ LAYERS = {
 }
 
 
+@functools.cache
+def normalized_layers():
+    """The operator and the normalized Jacobian of each layer: one program for all of them."""
+    kernels = {name: inits(layer, x)["kernel"] for name, (layer, x, _) in LAYERS.items()}
+    views = {name: list(read(layer, x).values()) for name, (layer, x, _) in LAYERS.items()}
+    rules = [(f"^{name}$", view) for name, (view,) in views.items()]
+    state = jsn.init(kernels, rules=rules)
+
+    def run(kernels, state):
+        normalized, _ = jsn.normalize(kernels, state, n_steps=15)
+        found = {}
+        for name, (layer, x, _) in LAYERS.items():
+            linear, params = layer.clone(use_bias=False), {"kernel": normalized[name]}
+            apply = functools.partial(linear.apply, {"params": params})
+            found[name] = jax.jacobian(apply)(x if "batch" in name else x[:1])
+        return found
+
+    return kernels, dict(rules), jax.jit(run)(kernels, state)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_read_as_its_own_map(name):
-    layer, x, expected = LAYERS[name]
-    if name == "conv_no_batch":
-        x = x[0][None]
-        x = jnp.ones((2, 6, 8))
-    (operator,) = read(layer, x).values()
-    kernel = inits(layer, x)["kernel"]
+    _, x, expected = LAYERS[name]
+    kernels, rules, jacobians = normalized_layers()
+    operator = rules[f"^{name}$"]
     if isinstance(expected, Conv):
         assert operator == expected
     else:
-        assert same(operator, kernel.shape, expected)
+        assert same(operator, kernels[name].shape, expected)
     # And normalized so, the Jacobian of the layer has norm 1 (for each batch entry).
-    normalized, _ = jsn.normalize(
-        {"kernel": kernel}, jsn.init({"kernel": kernel}, rules=[("", operator)]), n_steps=30
-    )
-    example = x if "batch" in name else x[:1]
-    linear = layer.clone(use_bias=False)
-    jacobian = jax.jacobian(lambda x: linear.apply({"params": normalized}, x))(example)
-    norm = np.linalg.norm(np.asarray(jacobian).reshape(-1, example.size), 2)
+    size = x.size if "batch" in name else x[:1].size
+    norm = np.linalg.norm(np.asarray(jacobians[name], np.float64).reshape(-1, size), 2)
     assert norm == pytest.approx(1, abs=1e-4)
 
 
@@ -169,10 +195,9 @@ def heads_norms(kernel, name):
 def test_attention_has_one_norm_for_all_heads_or_one_for_each(per_head):
     model = nn.MultiHeadDotProductAttention(4, qkv_features=12)
     rules = jsn.linen.operators(model, X, X, per_head=per_head)
-    params = model.init(KEY, X, X)["params"]
-    normalized, _ = jsn.normalize(params, jsn.init(params, rules=rules), n_steps=10)
+    after = normalized(made(model, X, X)["params"], rules)
     for name in ("query", "key", "value", "out"):
-        joint, each = heads_norms(normalized[name]["kernel"], name)
+        joint, each = heads_norms(after[name]["kernel"], name)
         if per_head:
             assert each == pytest.approx([1] * 4, abs=1e-5)
             assert 1 < joint < 2 + 1e-5
@@ -252,11 +277,14 @@ def test_a_mixture_of_experts_is_a_batch_of_experts():
 
     x = jax.random.normal(KEY, (5, 8))
     rules = jsn.linen.operators(Experts(), x)
-    params = Experts().init(KEY, x)["params"]
-    normalized, state = jsn.normalize(params, jsn.init(params, rules=rules), n_steps=30)
-    for leaf in (x for x in jax.tree.leaves(normalized) if x.ndim == 3):
+    params = made(Experts(), x)["params"]
+    state = jsn.init(params, rules=rules)
+    after, sigmas = jax.jit(lambda *args: (jsn.fold(*args), jsn.sigmas(*args)))(params, state)
+    kernels = [leaf for leaf in jax.tree.leaves(after) if leaf.ndim == 3]
+    assert len(kernels) == 3
+    for leaf in kernels:
         assert np.linalg.norm(leaf, 2, axis=(1, 2)) == pytest.approx([1] * 3, abs=1e-5)
-    assert {x.shape for x in jax.tree.leaves(jsn.sigmas(params, state))} == {(3,)}
+    assert {sigma.shape for sigma in jax.tree.leaves(sigmas)} == {(3,)}
 
 
 def test_metadata_boxes_do_not_hide_a_layer():
@@ -302,8 +330,7 @@ def test_the_default_rules_see_lifted_classes_too():
         def __call__(self, x):
             return dense(8)(x)
 
-    made = jsn.linen.spectral_norm(Model)().init(KEY, jnp.ones((2, 8)))
-    ((_, operator),) = made["sn_state"]["spectral_norm"].operators
+    ((_, operator),) = tracked(jsn.linen.spectral_norm(Model)(), jnp.ones((2, 8)))
     assert same(operator, (8, 8, 8), Matrix(0, 2, 1))
 
 
@@ -344,8 +371,7 @@ def test_the_suggested_rule_is_a_rule():
         warnings.simplefilter("error")
         rules = jsn.linen.operators(Custom(), X, rules=own)
     assert rules[:2] == tuple(own)
-    params = Custom().init(KEY, X)["params"]
-    product = jsn.fold(params, jsn.init(params, rules=rules))["product"]
+    product = normalized(made(Custom(), X)["params"], rules)["product"]
     joint = np.moveaxis(np.asarray(product), 1, 0).reshape(8, -1)
     assert np.linalg.norm(joint, 2) == pytest.approx(1, abs=1e-5)
 
@@ -420,8 +446,7 @@ def test_a_weight_that_the_call_does_not_use_is_told():
         def other(self, x):
             return self.b(x)
 
-    params = {name: Heads().init(KEY, X, method=m)["params"][name] for name, m in (
-        ("a", "__call__"), ("b", "other"))}  # fmt: skip
+    params = {**Heads().init(KEY, X)["params"], **Heads().init(KEY, X, method="other")["params"]}
     model = jsn.linen.spectral_norm(Heads, rules="operators")()
     with pytest.warns(UserWarning, match="b/kernel: this call does not use it"):
         jsn.linen.init_state(model, {"params": params}, X)
@@ -513,17 +538,21 @@ IMAGES = jnp.ones((2, 7, 7, 3))
 
 def test_a_decorated_class_reads_itself():
     model = jsn.linen.spectral_norm(Net, rules="operators")()
-    made = model.init(KEY, IMAGES)
-    operators = dict(made["sn_state"]["spectral_norm"].operators)
+    variables = made(model, IMAGES)
+    operators = dict(variables["sn_state"]["spectral_norm"].operators)
     assert operators == read(Net(), IMAGES)
     assert operators["Conv_0/kernel"] == Conv((7, 7, 3), 2)
-    plain = Net().init(KEY, IMAGES)
-    for ours, theirs in zip(*map(jax.tree.leaves, (made["params"], plain["params"])), strict=True):
+    plain = made(Net(), IMAGES)
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (variables["params"], plain["params"])), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
-    later = jsn.linen.init_state(model, plain, IMAGES)
-    assert later["spectral_norm"].operators == made["sn_state"]["spectral_norm"].operators
+    later = jax.eval_shape(lambda: jsn.linen.init_state(model, plain, IMAGES))
+    assert dict(later["spectral_norm"].operators) == operators
     # Another size of input is convolved with the same weights.
-    assert model.apply(made, jnp.ones((2, 9, 5, 3)), mutable=["sn_state"])[0].shape == (2, 3)
+    other = jnp.ones((2, 9, 5, 3))
+    y, _ = jax.eval_shape(lambda: model.apply(variables, other, mutable=["sn_state"]))
+    assert y.shape == (2, 3)
 
 
 def test_a_decorated_part_of_a_model_reads_itself():
@@ -533,16 +562,15 @@ def test_a_decorated_part_of_a_model_reads_itself():
             x = nn.Conv(3, (3, 3))(x)
             return jsn.linen.spectral_norm(Net, rules="operators")(name="net")(x)
 
-    made = Outer().init(KEY, IMAGES)
-    state = made["sn_state"]["net"]["spectral_norm"]
+    variables = jax.eval_shape(Outer().init, KEY, IMAGES)
+    state = variables["sn_state"]["net"]["spectral_norm"]
     assert dict(state.operators) == read(Net(), IMAGES)
 
 
 def test_a_decorated_class_tells_what_it_cannot_read():
     with pytest.warns(UserWarning, match="product: Custom is no layer that jsn knows"):
-        made = jsn.linen.spectral_norm(Custom, rules="operators")().init(KEY, X)
-    paths = [path for path, _ in made["sn_state"]["spectral_norm"].operators]
-    assert paths == ["Dense_0/kernel"]
+        found = tracked(jsn.linen.spectral_norm(Custom, rules="operators")(), X)
+    assert [path for path, _ in found] == ["Dense_0/kernel"]
 
 
 def test_another_word_is_refused():
@@ -557,61 +585,71 @@ LENGTH = 50
 
 
 class Classifier(nn.Module):
+    cell: type = nn.OptimizedLSTMCell
+
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2)(nn.RNN(nn.OptimizedLSTMCell(12))(x)[:, -1])
+        return nn.Dense(2)(nn.RNN(self.cell(12))(x)[:, -1])
 
 
-def products(model, variables, x):
-    """How often an `apply` multiplies by a matrix of each size; a loop counts all its rounds."""
+def products(model, x):
+    """How often an `apply` multiplies by a matrix of each shape; a loop counts all its rounds."""
 
     def apply(variables, x):
         return model.apply(variables, x, mutable=["sn_state"])
 
     found = collections.Counter()
-    for equation in jaxprs.trace(apply, variables, x):
+    for equation in jaxprs.trace(apply, jax.eval_shape(model.init, KEY, x), x):
         if equation.primitive.name == "dot_general":
-            found.update({math.prod(operand.aval.shape) for operand in equation.invars})
+            found.update({operand.aval.shape for operand in equation.invars})
     return found
 
 
-@pytest.mark.parametrize("around", ["model", "rnn", "cell"])
-def test_a_recurrent_kernel_is_normalized_once_for_a_sequence(around):
-    """The products with the recurrent kernels (12 x 12, four gates) are counted."""
-    x = jnp.ones((2, LENGTH, 5))
+SEQUENCES = jax.ShapeDtypeStruct((2, LENGTH, 5), jnp.float32)
+
+
+@pytest.mark.parametrize("around", ["model", "rnn"])
+@pytest.mark.parametrize(
+    ("cell", "gates"),
+    [(nn.SimpleCell, 1), (nn.LSTMCell, 4), (nn.OptimizedLSTMCell, 4), (nn.GRUCell, 3)],
+)
+def test_a_recurrent_kernel_is_normalized_once_for_a_sequence(cell, gates, around):
+    """The products with the recurrent kernels, 12 x 12 for each gate, are counted."""
     if around == "model":
-        model = jsn.linen.spectral_norm(Classifier, rules="operators")()
-    elif around == "rnn":
-        rnn = jsn.linen.spectral_norm(nn.RNN, rules="operators")
-        model = rnn(nn.OptimizedLSTMCell(12))
+        model = jsn.linen.spectral_norm(Classifier, rules="operators")(cell)
     else:
-        cell = jsn.linen.spectral_norm(nn.OptimizedLSTMCell, rules="operators")(12)
-        model = nn.RNN(cell, variable_broadcast=["params", "sn_state"])
-    variables = model.init(KEY, x)
-    found = products(model, variables, x)[12 * 12]
-    if around == "cell":
-        assert found >= 4 * LENGTH  # which shows that the count would see it
+        model = jsn.linen.spectral_norm(nn.RNN, rules="operators")(cell(12))
+    found = products(model, SEQUENCES)
+    if cell is nn.OptimizedLSTMCell:  # one product a step, by all gates side by side
+        assert found[12, 4 * 12] == LENGTH
     else:
-        assert 4 <= found <= 2 * 4  # two reads of each gate, and none in the loop
-    gates = 4 * 12 * 12
-    assert products(model, variables, x)[gates] == LENGTH
+        found[12, 12] -= gates * LENGTH
+    assert found[12, 12] == 2 * gates  # two reads of each gate, and none in the loop
+
+
+def test_a_decorated_cell_is_normalized_in_each_step():
+    """Which also shows that the count above would see it."""
+    cell = jsn.linen.spectral_norm(nn.OptimizedLSTMCell, rules="operators")(12)
+    model = nn.RNN(cell, variable_broadcast=["params", "sn_state"])
+    found = products(model, SEQUENCES)
+    assert found[12, 4 * 12] == LENGTH
+    assert found[12, 12] >= 4 * LENGTH
 
 
 @functools.cache
 def true_recurrence():
     x = jax.random.normal(KEY, (3, LENGTH, 5))
     model = jsn.linen.spectral_norm(nn.RNN, rules="operators")(nn.SimpleCell(12))
-    variables = model.init(KEY, x)
-    params, _ = jsn.normalize(variables["params"], variables["sn_state"])
+    variables = made(model, x)
+    params, _ = jax.jit(jsn.normalize)(variables["params"], variables["sn_state"])
     return model, variables, params, x
 
 
 def test_the_normalized_recurrence_is_that_of_normalized_weights():
     model, variables, params, x = true_recurrence()
     plain = nn.RNN(nn.SimpleCell(12)).apply({"params": params}, x)
-    np.testing.assert_allclose(
-        model.apply(variables, x, mutable=["sn_state"])[0], plain, rtol=1e-4, atol=1e-5
-    )
+    apply = jax.jit(functools.partial(model.apply, mutable=["sn_state"]))
+    np.testing.assert_allclose(apply(variables, x)[0], plain, rtol=1e-4, atol=1e-5)
     for gate in ("i", "h"):
         norm = np.linalg.norm(params["cell"][gate]["kernel"], 2)
         assert norm == pytest.approx(1, abs=1e-3)
