@@ -46,8 +46,9 @@ def upper_bound(W: Any, *, operator: Operator | None = None, method: str = "auto
     and scale, subnormal numbers included; `docs/bounds.md` says what the proofs assume.
 
     All but "gram" run on the host: W is copied there as it is, the shards of a sharded one put
-    together, and widened to float64 slice by slice. "gram" leaves W where it is, sharded or not,
-    and brings Gram matrices together.
+    together, and widened to float64 slice by slice. "gram" runs where W is: of a W that is sharded
+    along the larger of its two sides only Gram matrices, of the smaller, travel between devices;
+    along the smaller side W itself is gathered.
 
     A zero weight gives 0. Where the bound is no float64 it is infinity.
 

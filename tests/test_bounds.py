@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import platform
+import re
 from fractions import Fraction
 
 import flax.linen as nn
@@ -427,6 +428,19 @@ def test_sharded_weights_are_bounded_where_they_are(explicit):
     with jax.set_mesh(mesh):
         slope = jax.jit(jax.grad(lambda W: jsn.upper_bound(W, method="gram")))(M)
     assert slope.shape == M.shape
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_sharded_weight_is_gathered_along_its_smaller_side_only(explicit):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    gathered = {}
+    for spec in (PartitionSpec("a"), PartitionSpec("a", "b")):
+        W = jax.device_put(gaussian(0, 512, 64), NamedSharding(mesh, spec))
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(lambda W: jsn.upper_bound(W, method="gram")).lower(W).compile()
+        gathered[spec] = set(re.findall(r"= (\S+?)\{\S* all-gather\(", compiled.as_text()))
+    assert gathered == {PartitionSpec("a"): set(), PartitionSpec("a", "b"): {"f32[128,64]"}}
 
 
 # --- what is refused -----------------------------------------------------------------------------
