@@ -14,7 +14,6 @@ import pytest
 # supported version. They are collected again, file by file, as each part is finished.
 collect_ignore = [
     "test_bound_terms.py",
-    "test_conv_training.py",
     "test_ema.py",
     "test_interop.py",
     "test_nnx.py",
