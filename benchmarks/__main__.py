@@ -5,13 +5,14 @@ import importlib
 
 BENCHMARKS = {
     "truth": "how true the norms are during training, for each block size, and at what cost",
+    "conv_norms": "how far the norm of a reshaped kernel is from that of its convolution",
     "bounds": "how close proven bounds are, and what they cost beside an SVD",
 }
 """Modules of this package with a `main(argv)`, in the order in which they run."""
 
 
 def main() -> None:
-    listing = "\n".join(f"  {name:8} {what}" for name, what in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:10} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}",

@@ -25,10 +25,11 @@ class _Image(NamedTuple):
     axes: Origin
 
 
-_SAME = {"convert_element_type", "copy", "copy_p", "neg", "stop_gradient", "sharding_constraint"}
+_SAME = {"convert_element_type", "copy", "copy_p", "neg", "stop_gradient"}
+_SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
 _MOVED = {"transpose", "squeeze", "broadcast_in_dim", "reshape"}
-_PART = {"slice", "dynamic_slice", "gather", "rev", "split", "pad"}
-_JOINED = {"add", "sub", "add_any", "concatenate"}
+_PART = {"slice", "dynamic_slice", "gather", "rev", "split", "unstack", "pad", "tile"}
+_JOINED = {"add", "sub", "add_any", "concatenate", "stack", "select_n"}
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
 _CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 

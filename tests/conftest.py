@@ -20,7 +20,6 @@ collect_ignore = [
     "test_optim.py",
     "test_parity.py",
     "test_plain_pytrees.py",
-    "test_real_models.py",
 ]
 
 # Broadcasting between ranks is how a missing batch axis goes unnoticed.

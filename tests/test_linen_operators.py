@@ -345,7 +345,8 @@ class Custom(nn.Module):
         normal = nn.initializers.normal()
         x = x + self.param("position", normal, (1, 20, 8))[:, : x.shape[1]]
         token = self.param("token", normal, (1, 1, 8))
-        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 8)), x], axis=1)
+        x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
+        x = jnp.where(x > 0, x, self.param("masked", normal, (1, 1, 8)))
         x = jnp.einsum("bnd,hde->bnhe", x, self.param("product", normal, (2, 8, 3)))
         mixed = self.param("mixed", normal, (3, 3))
         return nn.Dense(4)(x @ (mixed / jnp.sum(mixed)))
@@ -361,6 +362,7 @@ def test_unknown_layers_are_named_and_offsets_are_not():
     )
     assert "position" not in message
     assert "token" not in message
+    assert "masked" not in message
 
 
 def test_the_suggested_rule_is_a_rule():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from layers import layer_norms
 
 import jsn
@@ -168,32 +169,48 @@ def train(model, variables, x, steps):
 
 def true_norms(model, variables, x):
     """The norms of all layers with the weights that an evaluation uses."""
-    params, _ = jsn.normalize(variables["params"], variables["sn_state"], n_steps=0)
+    as_applied = jax.jit(functools.partial(jsn.normalize, n_steps=0))
+    params, _ = as_applied(variables["params"], variables["sn_state"])
     plain = {k: v for k, v in variables.items() if k not in ("params", "sn_state")}
     norms = layer_norms(model, {"params": params, **plain}, x, train=False)
-    if model is MODELS["lstm"][0] or isinstance(model, LSTMClassifier):
-        weights = {**params["Bidirectional_0"], "Embed_0": params["Embed_0"]} if (
-            "Bidirectional_0" in params) else params  # fmt: skip
-        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
-            if leaf.ndim == 2 and "Dense" not in str(path):
-                norms[jax.tree_util.keystr(path)] = np.linalg.norm(np.asarray(leaf, np.float64), 2)
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        gate = path.endswith("/kernel") and path.removesuffix("/kernel") not in norms
+        if path.endswith("/embedding") or gate:  # not layers of their own, or within a loop
+            norms[path] = np.linalg.norm(np.asarray(leaf, np.float64), 2)
     return norms
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_layer_has_norm_one_at_first_and_after_training(name):
-    cls, x, n_weights = MODELS[name]
+@functools.cache
+def initialized(name):
+    """A decorated model and its variables."""
+    cls, x, _ = MODELS[name]
     model = jsn.linen.spectral_norm(cls, rules="operators")()
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    return model, jax.jit(model.init)(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "resnet", pytest.param("unet", marks=pytest.mark.slow), "lstm"]
+)
+def test_every_layer_has_norm_one_at_first(name):
+    cls, x, n_weights = MODELS[name]
+    _, variables = initialized(name)
     assert len(variables["sn_state"]["spectral_norm"].operators) == n_weights
     norms = true_norms(cls(), variables, x)
     assert len(norms) == n_weights
     assert norms == pytest.approx(dict.fromkeys(norms, 1), abs=2e-3)
-    variables = train(model, variables, x, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_has_norm_one_after_training(name):
+    cls, x, n_weights = MODELS[name]
+    variables = train(*initialized(name), x, 15)
     norms = true_norms(cls(), variables, x)
+    assert len(norms) == n_weights
     assert norms == pytest.approx(dict.fromkeys(norms, 1), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_the_default_rules_leave_convolutions_with_a_larger_norm():
     """The twin that shows the measurement: Miyato's reshape, on the residual network."""
     cls, x, _ = MODELS["resnet"]
