@@ -114,8 +114,25 @@ def read(operator: Operator, W: Weight, u: Block) -> First:
 
 def ritz(gram: Float[Array, "*n b b"]) -> tuple[Float[Array, "*n b"], Float[Array, "*n b b"]]:
     """Phase 2, eigenvalues (largest first) and eigenvectors (as rows) of the Gram matrices."""
-    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    values, vectors = lax.platform_dependent(gram, cpu=_eigh_on_cpu, default=_eigh)
     return values[..., ::-1], jnp.swapaxes(vectors, -1, -2)[..., ::-1, :]
+
+
+def _eigh(gram: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    return values, vectors
+
+
+def _eigh_on_cpu(gram: Array) -> tuple[Array, Array]:
+    """One matrix at a time where several devices share one CPU.
+
+    LAPACK's batched calls share their work among the threads that the virtual devices themselves
+    run on, and eight devices wait for each other for ever (jaxlib 0.10.2 and 0.12.0).
+    """
+    if jax.default_backend() != "cpu" or jax.local_device_count() == 1 or gram.ndim == 2:
+        return _eigh(gram)
+    values, vectors = lax.map(_eigh, gram.reshape(-1, *gram.shape[-2:]))
+    return values.reshape(gram.shape[:-1]), vectors.reshape(gram.shape)
 
 
 def thirds(block: int) -> tuple[int, int, int]:
@@ -179,9 +196,37 @@ def orthonormalizer(gram: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
     scale = 1 / jnp.sqrt(_safe(jnp.diagonal(gram, axis1=-2, axis2=-1)))
     gram = gram * scale[..., :, None] * scale[..., None, :]
     eye = jnp.broadcast_to(jnp.eye(block, dtype=gram.dtype), gram.shape)
-    factor = lax.linalg.cholesky(gram + block * 2.0**-22 * eye, symmetrize_input=False)
-    right = scale[..., None, :] * eye
-    return lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+    gram = gram + block * 2.0**-22 * eye
+    change = lax.platform_dependent(gram, cpu=_eliminated, default=_factorized)
+    return change * scale[..., None, :]
+
+
+def _factorized(gram: Array) -> Array:
+    """The inverse of the Cholesky factor."""
+    factor = lax.linalg.cholesky(gram, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+
+def _eliminated(gram: Array) -> Array:
+    """The same by Gaussian elimination on `[gram | 1]`, a row at a time for all matrices at once.
+
+    For the CPU, where batched LAPACK hangs on several devices (`_eigh_on_cpu`). It is no slower:
+    a hundred matrices of 32 x 32 take 0.7 ms, with LAPACK 1.1 ms.
+    """
+    block = gram.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=gram.dtype), gram.shape)
+    beside = jnp.concatenate([gram, eye], axis=-1)
+
+    def next_row(i: Array, done: Array) -> Array:
+        row = lax.dynamic_slice_in_dim(beside, i, 1, axis=-2)
+        factors = jnp.swapaxes(lax.dynamic_slice_in_dim(done, i, 1, axis=-1), -1, -2)
+        row = row - jnp.matmul(factors, done, precision=lax.Precision.HIGHEST)
+        row = row / jnp.sqrt(lax.dynamic_slice_in_dim(row, i, 1, axis=-1))
+        return lax.dynamic_update_slice_in_dim(done, row, i, axis=-2)
+
+    done = lax.fori_loop(0, block, next_row, jnp.zeros_like(beside))
+    return lax.slice_in_dim(done, block, 2 * block, axis=-1)
 
 
 # --- one weight -------------------------------------------------------------------------------
