@@ -1,6 +1,7 @@
 """Trains the same small GAN twice on real digits: once with a plain critic, once with jsn.
 
-    python examples/demo.py [--smoke] [--seed N] [--steps N] [--out DIR] [--learning-rate LR]
+    python examples/demo.py [--smoke] [--seed N] [--steps N] [--out DIR] [--save]
+                            [--learning-rate LR]
 
 Both runs have the same networks, initial weights, batches, noise and settings. The one difference
 is `@jsn.linen.spectral_norm` on the critic. The critic's learning rate is aggressive on purpose;
@@ -43,7 +44,7 @@ def train(
     digits: tuple[Digits, Digits],
     judge: Judge,
     show: Callable[..., None],
-) -> Run:
+) -> tuple[Run, Players]:
     """Trains one GAN and looks at it `N_CHECKPOINTS` times.
 
     Each look draws a picture for every held-out digit, with its label and always the same noise,
@@ -58,7 +59,7 @@ def train(
         show: Called with `completed` and `note` for the progress bar.
 
     Returns:
-        What there is to report.
+        What there is to report, and the trained networks.
     """
     start = time.perf_counter()
     training, held_out = digits
@@ -82,7 +83,17 @@ def train(
         checkpoints.append(Checkpoint(step, mean_loss, true_norms(players), scores))
         losses = []
         show(completed=step, note=f"Fréchet distance {scores.frechet:.0f}")
-    return Run(name, checkpoints, samples, seconds=time.perf_counter() - start)
+    return Run(name, checkpoints, samples, seconds=time.perf_counter() - start), players
+
+
+def save_critic(folder: Path, name: str, players: Players) -> Path:
+    """Saves the weights that a critic computes with, for `jsn audit`: plain ones, by Flax."""
+    weights = players.critic
+    if players.sn_state is not None:
+        weights = jsn.fold(weights, players.sn_state)
+    path = folder / f"critic_{name}.msgpack"
+    path.write_bytes(flax.serialization.to_bytes({"params": weights}))
+    return path
 
 
 def check_smoke(plain: Run, with_jsn: Run) -> None:
@@ -99,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
     parser.add_argument("--steps", type=int, help="training steps of each run")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures")
+    parser.add_argument("--save", action="store_true", help="save the critics there too")
     parser.add_argument("--learning-rate", type=float, default=3e-2, help="of the critics")
     arguments = parser.parse_args()
     if arguments.steps is None:
@@ -125,15 +137,18 @@ def main() -> None:
 
     players = init_players(settings)
     starts = {"plain": players._replace(sn_state=None), "jsn": players}
-    runs = []
+    runs, trained = [], {}
     with progress_bar(console) as progress:
         for name, start in starts.items():
             task = progress.add_task(name, total=settings.steps, note="")
             show = partial(progress.update, task)
-            runs.append(train(name, start, settings, digits, judge, show))
+            run, trained[name] = train(name, start, settings, digits, judge, show)
+            runs.append(run)
     console.print(summary(*runs, real))
     for path in write_pictures(arguments.out, runs, held_out, real):
         console.print(f"wrote {path}")
+    for name in trained if arguments.save else ():
+        console.print(f"wrote {save_critic(arguments.out, name, trained[name])}")
     if arguments.smoke:
         check_smoke(*runs)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jsn.__main__ import main
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURES = ("samples.png", "norms.png", "training.png")
 
@@ -27,14 +29,17 @@ def run_demo(*arguments, **env):
 
 
 @pytest.mark.slow
-def test_smoke_checks_itself_and_writes_table_and_pictures(tmp_path):
+def test_smoke_checks_itself_and_writes_table_and_pictures(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    done = run_demo("--smoke", "--out", str(tmp_path / "new" / "folder"))
+    done = run_demo("--smoke", "--save", "--out", str(tmp_path / "new" / "folder"))
     assert done.returncode == 0, done.stderr
     for text in ("true norm of conv_1", "product of the true norms", "Fréchet distance", "seed 0"):
         assert text in done.stdout
     for name in PICTURES:
         assert (tmp_path / "new" / "folder" / name).read_bytes().startswith(b"\x89PNG")
+    assert main(["audit", str(tmp_path / "new" / "folder" / "critic_jsn.msgpack")]) == 0
+    assert "conv_3/kernel   4x4x32x64  float32  512 -> 64" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path / "new" / "folder" / "critic_plain.msgpack")]) == 0
 
 
 def test_missing_dependency_is_one_line_with_the_command(tmp_path):
