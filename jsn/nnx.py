@@ -350,9 +350,9 @@ def _unwrapped(call: str, copy: Any, make: Callable[[SpectralNorm], nnx.Module])
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _compiled(raw: Any, state: SNState, traced: Mapping, static: Mapping) -> tuple[Any, SNState]:
+def _compiled(raw: Any, state: SNState, traced: Mapping, static: FrozenDict) -> tuple[Any, SNState]:
     """One compiled call where nnx runs eagerly; within a trace, part of it."""
-    return _normalize.normalize(raw, state, **traced, **dict(static))
+    return _normalize.normalize(raw, state, **traced, **static.unfreeze())
 
 
 # --- bounds and scales -----------------------------------------------------------------------

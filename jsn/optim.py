@@ -24,6 +24,9 @@ from jsn._power import check_count
 from jsn._rules import FLAX, Leaf, Rules, assign
 from jsn._types import PyTree, SNState
 
+_SETTLED, _MOST = 1e-4, 16
+"""Sigma has settled when a power step makes it grow by less than this, or after so many steps."""
+
 Value = Any
 """A number, a scalar array, a tree prefix of the parameters of those, or a schedule of one."""
 
@@ -55,13 +58,17 @@ def keep_spectral_norm_below(
     true norm stays below `bound` to about 1e-3, in float32. Put it last in a chain. In contrast to
     `jsn.normalize` the forward pass is the plain one, and the weights themselves are constrained.
 
+    In calm training that is one power step, four reads of each weight. Where an update is as
+    large as the weight, as Adam's first ones may be, sigma still grows, and more steps follow
+    until it does not.
+
     Args:
         bound: A number above 0 (traced or not), a tree prefix of the parameters of those, or a
             schedule: a function of the number of updates so far.
         rules: See `jsn.init`.
         block_size: See `jsn.init`.
         warmup: See `jsn.init`.
-        n_steps: Power steps for each update.
+        n_steps: Power steps after which sigma is compared; 0 takes the blocks as they are.
 
     Returns:
         A transformation that needs `params`. Updates of weights that stay below the bound, and of
@@ -90,8 +97,9 @@ def keep_spectral_norm_below(
 
     def update(updates: PyTree, state: TrackedState, params: PyTree = None):
         moved = _moved(call, updates, params)
-        landed, sn_state = _normalize.normalize(
-            moved, state.sn_state, n_steps=n_steps, bound=_at(bound, state.count), soft=True
+        sn_state = _settled(call, moved, state.sn_state, n_steps)
+        landed, _ = _normalize.normalize(
+            moved, sn_state, n_steps=0, bound=_at(bound, state.count), soft=True
         )
         return _landing(updates, params, moved, landed), _next(state, sn_state)
 
@@ -181,7 +189,7 @@ def soft_cap(
         rules: See `jsn.init`; the views must be `jsn.Matrix`.
         block_size: See `jsn.init`.
         warmup: See `jsn.init`.
-        n_steps: Power steps for each update.
+        n_steps: See `keep_spectral_norm_below`.
 
     Returns:
         A transformation that needs `params`.
@@ -212,9 +220,8 @@ def soft_cap(
         moved = _moved(call, updates, params)
         caps, grow, shrink = (_at(x, state.count) for x in (bound, max_update, weight_decay))
         reach = jax.tree.map(lambda c: _reach(c, grow, shrink), caps)
-        scaled, sn_state = _normalize.normalize(
-            moved, state.sn_state, n_steps=n_steps, bound=reach, soft=True
-        )
+        sn_state = _settled(call, moved, state.sn_state, n_steps)
+        scaled, _ = _normalize.normalize(moved, sn_state, n_steps=0, bound=reach, soft=True)
         cap = lambda operator, W, c: soft_clip(operator, W, c, _reach(c, grow, shrink))
         landed = _limited(call, scaled, rules, caps, cap)
         return _landing(updates, params, moved, landed), _next(state, sn_state)
@@ -299,6 +306,31 @@ def _next(state: Any, *rest: SNState) -> Any:
 def _at(value: Value, count: Int[Array, ""]) -> Any:
     """The value of a schedule at a step, or the value itself."""
     return value(count) if callable(value) else value
+
+
+def _settled(call: str, params: PyTree, sn_state: SNState, n_steps: int) -> SNState:
+    """The state after `n_steps` power steps, and after more of them while sigma still grows.
+
+    An update may be as large as the weight (the first ones of Adam are), and then the block from
+    before is a poor guess. Sigma never exceeds the truth, so that it has stopped growing is the
+    sign that it has got there.
+    """
+    if n_steps == 0:
+        return sn_state
+    params = jax.lax.stop_gradient(params)
+
+    def step(carry: Any) -> Any:
+        sn_state, before, _, count = carry
+        now, sn_state = _normalize.track(params, sn_state, n_steps, call)
+        grown = [
+            jnp.any(new > (1 + _SETTLED) * old)
+            for new, old in zip(*map(jax.tree.leaves, (now, before)), strict=True)
+        ]
+        return sn_state, now, jnp.any(jnp.stack(grown)), count + 1
+
+    before, _ = _normalize.track(params, sn_state, 0, call)
+    carry = sn_state, before, jnp.bool_(True), jnp.int32(0)
+    return jax.lax.while_loop(lambda carry: carry[2] & (carry[3] < _MOST), step, carry)[0]
 
 
 # --- updates, and where they land -------------------------------------------------------------

@@ -14,12 +14,6 @@ import pytest
 # supported version. They are collected again, file by file, as each part is finished.
 collect_ignore = [
     "test_bound_terms.py",
-    "test_ema.py",
-    "test_interop.py",
-    "test_nnx.py",
-    "test_optim.py",
-    "test_parity.py",
-    "test_plain_pytrees.py",
 ]
 
 # Broadcasting between ranks is how a missing batch axis goes unnoticed.

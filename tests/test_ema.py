@@ -69,12 +69,10 @@ def test_averaged_weights_get_true_norms(run):
 
 
 def test_the_state_of_the_live_weights_is_not_touched(run):
-    params, state, average, _ = run
+    _, state, average, _ = run
     before = jax.tree.map(np.array, state.u)
     jsn.normalize(average, state, n_steps=15)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state.u))
-    normalized, _ = jsn.normalize(params, state)
-    np.testing.assert_allclose(true_norms(normalized), 1, rtol=2e-2)
 
 
 def test_defect_averaged_state_gives_wrong_norms(run):
@@ -98,6 +96,7 @@ def test_averaged_nnx_parameters(run):
     assert true_norms({"kernel": normalized["kernel"][...]})[0] == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_page_runs():
     with jax.numpy_rank_promotion("allow"):
         pages.run("optim.md")

@@ -173,6 +173,7 @@ def test_a_checkpoint_changes_from_one_form_to_the_other(torch, images):
     assert rel(critic_in_jax(normalized, images), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_block_of_sixteen_leaves_for_torch_with_its_best_vector(torch, images):
     params, state = interop.from_torch(
         trained(torch, "parametrizations", images).state_dict(), block_size=16
@@ -644,6 +645,7 @@ class EveryScope(nn.Module):
         return self.whole(x, update_stats=update_stats)
 
 
+@pytest.mark.slow
 def test_linen_statistics_are_found_in_every_scope():
     variables = jax.jit(EveryScope().init)(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
     params, stats = variables["params"], variables["batch_stats"]
@@ -665,6 +667,7 @@ def test_linen_statistics_are_found_in_every_scope():
         assert rel(flat[path], u / jnp.linalg.norm(u)) < 1e-6, path  # Flax starts unnormalized
 
 
+@pytest.mark.slow
 def test_linen_layers_under_scan_have_a_vector_each():
     class Layer(nn.Module):
         @nn.compact
@@ -759,6 +762,7 @@ def nnx_model(normalized: bool):
     )
 
 
+@pytest.mark.slow
 @needs_nnx
 def test_an_nnx_model_leaves_its_wrappers_and_comes_back():
     wrapped, plain = nnx_model(True), nnx_model(False)
@@ -852,6 +856,7 @@ def test_a_haiku_parameter_tree_comes_and_goes(hk):
         assert back[module]["sigma"] == pytest.approx(np.linalg.norm(W @ entries["u0"][0]), 1e-5)
 
 
+@pytest.mark.slow
 def test_haiku_modules_tell_their_parameter_by_its_place_or_by_name(hk):
     class Layer(hk.Module):
         def __init__(self, n):
@@ -910,6 +915,7 @@ def eqx_critic(eqx, seed: int = 0):
     return eqx.nn.make_with_state(make)()
 
 
+@pytest.mark.slow
 def test_an_equinox_model_leaves_its_wrappers_and_comes_back(eqx):
     x = jax.random.normal(jax.random.key(1), (3, 4, 4))
     wrapped, eqx_state = eqx_critic(eqx)

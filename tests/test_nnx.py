@@ -197,6 +197,7 @@ def test_the_norm_is_the_bound_while_training():
     assert norm(wrapper.module.first.kernel) > 2.5
 
 
+@pytest.mark.slow
 def test_batch_statistics_and_random_keys_advance_as_without_jsn():
     wrapper, plain = net(), Net(nnx.Rngs(0))
     for module in (wrapper.module, plain):  # equal, since norm 1 in both
@@ -290,6 +291,7 @@ def test_plain_jax_transforms_take_the_wrapper_as_an_argument():
     np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(wrapper, X), wrapper(X), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacks_made_by_vmap_run_by_vmap_scan_and_remat():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -394,6 +396,7 @@ def test_pickles_where_the_module_does():
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(wrapper))(X), wrapper(X))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "capture"), reason="this flax has no nnx.capture")
 def test_sown_values_arrive():
     class Sower(nnx.Module):
@@ -410,6 +413,7 @@ def test_sown_values_arrive():
     np.testing.assert_array_equal(found["module"]["features"][0], y)
 
 
+@pytest.mark.slow
 def test_autoregressive_decoding_keeps_its_cache():
     attention = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
     wrapper = jsn.nnx.spectral_norm(attention)
@@ -480,6 +484,7 @@ def test_attention_is_the_matrix_its_layers_apply():
     np.testing.assert_array_equal(plain.query.bias[...], module.query.bias[...])
 
 
+@pytest.mark.slow
 def test_linear_general_einsum_and_conv_axes():
     class Layers(nnx.Module):
         def __init__(self, rngs):
@@ -514,6 +519,7 @@ def test_rules_of_ones_own_are_taken_as_they_are():
     np.testing.assert_array_equal(plain.rest[0].kernel[...], wrapper.rest[0].kernel[...])
 
 
+@pytest.mark.slow
 def test_a_module_goes_through_init_and_normalize_as_a_plain_tree():
     module = Net(nnx.Rngs(0))
     params = nnx.state(module, nnx.Param)
@@ -554,7 +560,9 @@ def test_bound_as_a_tree_of_numbers_is_static():
     hash(nnx.split(wrapper)[0])
 
 
-@pytest.mark.parametrize("tree", [False, True], ids=["one", "tree"])
+@pytest.mark.parametrize(
+    "tree", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "tree"]
+)
 def test_a_scale_is_learned_with_the_other_parameters(tree):
     gain = nnx.Param(jnp.float32(1.0))
     scale = {"first": gain, "norm": None, "rest": 2.0} if tree else gain
@@ -658,6 +666,7 @@ def test_errors():
         jsn.nnx.spectral_norm(nnx.Embed(3, 4, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 def test_the_page_runs():
     with jax.numpy_rank_promotion("allow"):
         pages.run("nnx.md")

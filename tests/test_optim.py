@@ -12,7 +12,7 @@ from flax import nnx
 
 import jsn
 
-RNG = np.random.default_rng(0)
+SLOW = pytest.mark.slow
 SHAPES = {"first": (8, 16), "second": (16, 4)}
 
 
@@ -44,6 +44,7 @@ def singular_values(W):
     return np.linalg.svd(np.asarray(W, np.float64), compute_uv=False)
 
 
+@functools.cache
 def stepper(tx):
     @jax.jit
     def step(params, state, grads):
@@ -81,12 +82,11 @@ def test_is_below_sees_both_sides():
     assert not is_below(W, 2.9999)
 
 
-@pytest.mark.slow
 def test_true_norm_stays_below_the_bound_for_300_adam_steps_on_digits():
     datasets = pytest.importorskip("sklearn.datasets")
     inputs, labels = datasets.load_digits(return_X_y=True)
     inputs = np.asarray(inputs / 16, np.float32)
-    sizes = [64, 512, 512, 512, 10]
+    sizes = [64, 128, 128, 128, 10]
     rng = np.random.default_rng(0)
     params = [
         {
@@ -95,7 +95,8 @@ def test_true_norm_stays_below_the_bound_for_300_adam_steps_on_digits():
         }
         for shape in itertools.pairwise(sizes)
     ]
-    tx = optax.chain(optax.adam(1e-3), jsn.optim.keep_spectral_norm_below(1.0))
+    # Adam's first update has one sign a column: with norm 1.3 here it is larger than the weight.
+    tx = optax.chain(optax.adam(1e-2), jsn.optim.keep_spectral_norm_below(1.0))
 
     def loss(params, x, y):
         for layer in params[:-1]:
@@ -104,17 +105,22 @@ def test_true_norm_stays_below_the_bound_for_300_adam_steps_on_digits():
         return optax.softmax_cross_entropy_with_integer_labels(20 * logits, y).mean()
 
     @jax.jit
-    def step(params, state, x, y):
-        updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
-        return optax.apply_updates(params, updates), state
+    def trained(carry, batches):
+        def step(carry, batch):
+            params, state = carry
+            grads = jax.grad(loss)(params, jnp.asarray(inputs)[batch], jnp.asarray(labels)[batch])
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), [layer["kernel"] for layer in params]
 
-    state = tx.init(params)
-    for _ in range(300):
-        batch = rng.integers(0, len(inputs), 128)
-        params, state = step(params, state, inputs[batch], labels[batch])
-        assert all(is_below(layer["kernel"], 1 + 1e-3) for layer in params)
-    assert state[1].count == 300
-    assert loss(params, inputs, labels) < 0.5
+        return jax.lax.scan(step, carry, batches)
+
+    batches = jnp.asarray(rng.integers(0, len(inputs), (300, 128)))
+    (landed, state), kernels = trained((params, tx.init(params)), batches)
+    for trajectory in kernels:
+        assert len(trajectory) == state[1].count == 300
+        assert all(is_below(W, 1 + 1e-3) for W in trajectory)
+    assert loss(landed, inputs, labels) < loss(params, inputs, labels) / 4
 
 
 OPTIMIZERS = {
@@ -130,7 +136,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("adam", "muon", "multi steps") else pytest.param(name, marks=SLOW)
+        for name in OPTIMIZERS
+    ],
+)
 def test_keep_composes_with_optimizers(name):
     tx = OPTIMIZERS[name](jsn.optim.keep_spectral_norm_below(2.0))
     params, _ = train(tx, make_params(0.1), 8)
@@ -157,10 +169,9 @@ def test_weights_below_the_bound_and_other_leaves_move_as_without_jsn():
 def test_keep_is_the_scaling_of_gouk():
     params = make_params(3.0)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    tx = jsn.optim.keep_spectral_norm_below(1.0)
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    tx = transformations()["keep"]
     W = np.asarray(params["first"]["kernel"], np.float64)
-    landed = optax.apply_updates(params, updates)["first"]["kernel"]
+    landed = stepper(tx)(params, tx.init(params), zeros)[0]["first"]["kernel"]
     np.testing.assert_allclose(landed, W / norm(W), rtol=1e-4, atol=1e-6)
 
 
@@ -213,8 +224,7 @@ def test_bfloat16_parameters_keep_their_dtype():
     mixed = make_params(dtype=jnp.bfloat16)
     tx = jsn.optim.keep_spectral_norm_below(1.0)
     grads = jax.tree.map(lambda p: p.astype(jnp.float32), make_grads(0, mixed))
-    updates, _ = tx.update(grads, tx.init(mixed), mixed)
-    landed = optax.apply_updates(mixed, updates)
+    landed, _ = stepper(tx)(mixed, tx.init(mixed), grads)
     assert landed["first"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -224,10 +234,9 @@ def test_none_leaves_pass():
     grads = {**make_grads(0, make_params()), "frozen": None}
     grads["second"]["kernel"] = None
     for tx in transformations().values():
-        updates, state = tx.update(grads, tx.init(params), params)
-        landed = optax.apply_updates(params, updates)
+        landed, state = stepper(tx)(params, tx.init(params), grads)
         assert landed["frozen"] is landed["second"]["kernel"] is None
-        tx.update(updates, state, landed)
+        stepper(tx)(landed, state, grads)
 
 
 def test_zero_weights_stay_zero_and_recover():
@@ -267,7 +276,8 @@ def test_a_nan_update_spoils_neither_the_state_nor_other_weights():
 
 def float64_penalty_gradient(params, weight):
     """jax.grad of weight / 2 * sigma^2 in float64, through an SVD."""
-    with jax.experimental.enable_x64():
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(True):
         penalty = lambda W: weight / 2 * jnp.linalg.norm(W, 2) ** 2
         return {
             name: np.asarray(jax.grad(penalty)(jnp.asarray(np.asarray(x["kernel"], np.float64))))
@@ -275,7 +285,7 @@ def float64_penalty_gradient(params, weight):
         }
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["one", "small"])
+@pytest.mark.parametrize("scale", [1.0, pytest.param(1e-3, marks=SLOW)], ids=["one", "small"])
 def test_decay_is_the_gradient_of_the_float64_penalty(scale):
     rng = np.random.default_rng(2)
     params = {
@@ -322,8 +332,7 @@ def test_decay_adds_to_the_update_and_leaves_others_alone():
 def apply(tx, W, update=None):
     params = {"kernel": jnp.asarray(W, jnp.float32)}
     updates = {"kernel": jnp.zeros_like(params["kernel"]) if update is None else update}
-    updates, _ = tx.update(updates, tx.init(params), params)
-    return np.asarray(optax.apply_updates(params, updates)["kernel"], np.float64)
+    return np.asarray(stepper(tx)(params, tx.init(params), updates)[0]["kernel"], np.float64)
 
 
 def with_values(s, shape, seed=0):
@@ -425,6 +434,7 @@ def test_caps_hold_while_muon_trains():
 # --- all of them ------------------------------------------------------------------------------
 
 
+@functools.cache
 def transformations(rules=jsn.FLAX):
     return {
         "keep": jsn.optim.keep_spectral_norm_below(1.0, rules=rules),
@@ -451,7 +461,9 @@ def test_states_keep_their_structure_under_scan(name):
     assert state.count == 3
 
 
-@pytest.mark.parametrize("name", transformations())
+@pytest.mark.parametrize(
+    "name", ["keep", *[pytest.param(x, marks=SLOW) for x in ("decay", "soft", "hard")]]
+)
 def test_nnx_optimizer(name):
     module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     tx = optax.chain(optax.sgd(0.5), transformations()[name])
@@ -502,12 +514,12 @@ def test_errors():
 
 
 def test_caps_refuse_views_that_are_no_matrices():
-    rules = [("kernel", jsn.Conv((8, 8, 2)))]
+    rules = (("kernel", jsn.Conv((8, 8, 2))),)
     params = {"conv": {"kernel": jnp.ones((3, 3, 2, 4))}}
     for name in ("soft", "hard"):
         with pytest.raises(ValueError, match=r"conv/kernel: rule Conv"):
             transformations(rules)[name].init(params)
     keep = transformations(rules)["keep"]
-    updates, _ = keep.update(jax.tree.map(jnp.zeros_like, params), keep.init(params), params)
-    landed = optax.apply_updates(params, updates)["conv"]["kernel"]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    landed = stepper(keep)(params, keep.init(params), zeros)[0]["conv"]["kernel"]
     assert float(landed[0, 0, 0, 0]) < 0.2

@@ -177,6 +177,7 @@ def test_defect_haiku_zero_gives_nan():
 # --- the examples -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["equinox", "haiku"])
 def test_the_examples_keep_their_word(name):
     pytest.importorskip(name)
