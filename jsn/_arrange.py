@@ -23,7 +23,8 @@ _FIRST = slice(0, 1)
 _MOVED: dict[str, slice] = {
     "reshape": _FIRST, "transpose": _FIRST, "squeeze": _FIRST, "expand_dims": _FIRST,
     "broadcast_in_dim": _FIRST, "slice": _FIRST, "rev": _FIRST, "split": _FIRST,
-    "dynamic_slice": _FIRST, "gather": _FIRST, "copy": _FIRST, "copy_p": _FIRST,
+    "dynamic_slice": _FIRST, "gather": _FIRST, "copy": _FIRST, "copy_p": _FIRST, "tile": _FIRST,
+    "unstack": _FIRST, "stack": slice(None),
     "concatenate": slice(None), "pad": slice(None), "dynamic_update_slice": slice(0, 2),
     "scatter": slice(0, 3, 2), "select_n": slice(1, None),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,17 +61,29 @@ def apply(bounds: Bounds, equation: Any, operands: list) -> Any:
 def _named(equation: Any, xs: list) -> tuple[str | None, tuple]:
     """The operation of an expression that a primitive is; None if it is none of them."""
     name = equation.primitive.name
-    if name == "integer_pow":
-        return name, (equation.params["y"],)
-    if name == "pow":
-        found = np.unique(xs[1]) if not isinstance(xs[1], Value) else np.zeros(0)
-        if len(found) == 1 and found[0] == np.round(found[0]) and abs(found[0]) < 100:
-            del xs[1]
-            return "integer_pow", (int(found[0]),)
+    if equation.outvars[0].aval.dtype.kind in "iu":  # wraps around, truncates, counts bits
         return None, ()
+    if name == "integer_pow":
+        return _power(equation.params["y"])
+    if name == "pow":
+        exponents = np.unique(xs.pop()) if not isinstance(xs[1], Value) else np.zeros(0)
+        return _power(float(exponents[0])) if len(exponents) == 1 else (None, ())
     if name == "select_n" and len(xs) != 3:
         return None, ()
+    if name == "div" and not isinstance(xs[1], Value) and xs[1].all():
+        xs[1] = _Inverse(xs[1].astype(np.float64))
+        return "mul", ()
     return _NAMES.get(name, name), ()
+
+
+def _power(exponent: float) -> tuple[str | None, tuple]:
+    """The operation of a power of a value."""
+    if exponent == 2:
+        return "square", ()
+    if exponent in (0.5, -0.5):
+        return ("sqrt" if exponent > 0 else "rsqrt"), ()
+    whole = exponent == int(exponent) and abs(exponent) < 100
+    return ("integer_pow", (int(exponent),)) if whole else (None, ())
 
 
 # --- operands of one root ---------------------------------------------------------------------
@@ -117,22 +130,41 @@ def _arguments(bounds: Bounds, xs: list, common: _Common, shape: tuple) -> list[
     return args
 
 
-def _constant(bounds: Bounds, x: np.ndarray, common: _Common, shape: tuple) -> Expr | None:
-    """A constant array, by what it says for each entry of the root."""
+class _Inverse(NamedTuple):
+    """The entry by entry inverse of a constant array without zeros."""
+
+    of: np.ndarray
+
+
+def _limits(x: np.ndarray | _Inverse) -> tuple[float, float]:
+    """The least and the largest entry of a constant; NaN if there are NaNs, or no entries."""
+    if isinstance(x, _Inverse):
+        with np.errstate(over="ignore", under="ignore"):
+            inverse = 1 / x.of
+        ends = float(np.min(inverse)), float(np.max(inverse))
+        return math.nextafter(ends[0], -math.inf), math.nextafter(ends[1], math.inf)
     x = x.astype(np.float64)
-    if not x.size or np.isnan(x).any():
+    return (float(x.min()), float(x.max())) if x.size else (math.nan, math.nan)
+
+
+def _constant(bounds: Bounds, x: Any, common: _Common, shape: tuple) -> Expr | None:
+    """A constant array, by what it says for each entry of the root."""
+    low, high = _limits(x)
+    if math.isnan(low) or math.isnan(high):
         return None
-    low, high = float(x.min()), float(x.max())
-    if low == high:
-        return bounds.pool.const(low)
+    inverse = isinstance(x, _Inverse)
+    x = x.of if isinstance(x, _Inverse) else x.astype(np.float64)
+    if x.min() == x.max():
+        number = bounds.pool.const(float(x.min()))
+        return bounds.pool.make("reciprocal", number) if inverse else number
     x = np.broadcast_to(x, shape)
     size = common.root.size if common.grouping is None else int(common.index.max()) + 1
     by_entry = np.full(size, np.nan)
     by_entry[common.index] = x
     if not np.array_equal(by_entry[common.index], x):
         return None
-    kind = "entry" if common.grouping is None else "group"
-    return bounds.pool.const(low, high, (kind, hashlib.sha256(by_entry.tobytes()).digest()))
+    kind = ("entry" if common.grouping is None else "group", inverse)
+    return bounds.pool.const(low, high, (*kind, hashlib.sha256(by_entry.tobytes()).digest()))
 
 
 # --- by the constants of the operands -----------------------------------------------------------
@@ -189,6 +221,18 @@ def _with(found: Known, known: list[Known], equation: Any, reason: str) -> Known
     return found._replace(problem=problems[0] if problems else Problem(equation, reason))
 
 
+def _weighted(bounds: Bounds, x: Value, c: Any) -> float:
+    """A bound of a product with constants: each entry of the root by all that multiplies it."""
+    c = np.abs(1 / c.of if isinstance(c, _Inverse) else c.astype(np.float64))
+    most = float(c.max())
+    if x.expr.grouped or not 0 < most < math.inf:
+        return math.inf
+    shares = np.broadcast_to(c / most, x.shape)
+    square = np.bincount(x.index.ravel(), np.square(shares).ravel()).max()
+    square *= 1 + (c.size + 8) * 2.0**-52
+    return times(bounds.slope(x), root(Fraction(square)), most, x.root.known.bound)
+
+
 def _of_one(
     bounds: Bounds, equation: Any, name: str, params: tuple, xs: list, known: Known
 ) -> Known:
@@ -197,16 +241,17 @@ def _of_one(
     for x in xs:
         if isinstance(x, Value):
             args.append(bounds.pool.leaf)
-        elif not x.size or np.isnan(x.astype(np.float64)).any():
+        elif math.isnan(sum(_limits(x))):
             return _refused([known], equation, "has a constant operand that is NaN")
         else:
-            ends = float(x.astype(np.float64).min()), float(x.astype(np.float64).max())
-            args.append(bounds.pool.const(*ends, ("any", id(equation), len(args))))
+            args.append(bounds.pool.const(*_limits(x), ("any", len(args))))
     expr = bounds.pool.make(name, *args, params=params)
-    slope = bounds.plain_slope(expr, known)
+    bound = times(bounds.plain_slope(expr, known), known.bound)
+    if name == "mul":
+        bound = min(bound, _weighted(bounds, *sorted(xs, key=lambda x: not isinstance(x, Value))))
     reason = (
         "jumps" if name in ("floor", "ceil", "round", "sign", "select") else "has no largest slope"
     )
     value = Value(Root(1, known), expr, np.zeros(1, np.int32))
     ends = bounds.range(value)
-    return _with(Known(times(slope, known.bound), *ends), [known], equation, reason)
+    return _with(Known(bound, *ends), [known], equation, reason)

@@ -246,12 +246,24 @@ def affine(node: Expr) -> tuple[Fraction, Fraction] | None:
     return None if a and c else (a * d + b * c, b * d)
 
 
-def crossing(x: Expr, y: Expr) -> Fraction | None:
-    """Where two affine expressions are equal."""
-    first, second = affine(x), affine(y)
+def crossings(x: Expr, y: Expr) -> list[Fraction] | None:
+    """Where two expressions are equal: affine ones, or the modulus of one and a number.
+
+    Returns:
+        All these points; None where they are not known.
+    """
+    if y.op == "abs":
+        x, y = y, x
+    second = affine(y)
+    if x.op == "abs" and second is not None and not second[0]:
+        x = x.args[0]
+        sides = [second[1], -second[1]] if second[1] >= 0 else []
+    else:
+        sides = [second[1]] if second is not None else []
+    first = affine(x)
     if first is None or second is None or first[0] == second[0]:
         return None
-    return (second[1] - first[1]) / (first[0] - second[0])
+    return [(side - first[1]) / (first[0] - second[0]) for side in sides]
 
 
 def exact(node: Expr, at: Fraction) -> Fraction | None:
@@ -290,5 +302,5 @@ def breakpoints(node: Expr) -> list[float]:
             pairs = [part.args]
         elif part.op in ("abs", "sign"):
             pairs = [(part.args[0], Expr("const", (), (0.0, 0.0)))]
-        found |= {at for pair in pairs if (at := crossing(*pair)) is not None}
+        found |= {at for pair in pairs for at in crossings(*pair) or []}
     return sorted(float(at) for at in found)

@@ -24,143 +24,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
-from jsn._expr import GROUP, Expr, Pool, walk
+from jsn._expr import Expr, Pool, walk
+from jsn._forms import (
+    Linear,
+    Square,
+    exact_number,
+    group_size,
+    is_shared,
+    linear,
+    norm,
+    product,
+    square,
+    terms,
+)
 from jsn._rounding import float_up, sqrt_up
 from jsn._slope import largest_slope
+from jsn._slope import range_of as plain_range
 from jsn._upward import times
-
-
-class Linear(NamedTuple):
-    """`a y + b sum(y)` plus an expression that is the same for the whole group."""
-
-    a: Fraction
-    b: Fraction
-    rest: tuple[tuple, ...]
-    """Terms of that expression, each a number and factors."""
-
-
-class Square(NamedTuple):
-    """`squares * sum(y^2) + square * sum(y)^2 + constant`."""
-
-    squares: Fraction
-    square: Fraction
-    constant: Fraction
-
-
-def is_shared(node: Expr) -> bool:
-    """Whether an expression is the same for all elements of a group."""
-    if node.op == "leaf" or (node.op == "const" and node.value is None):
-        return False
-    return node.op in GROUP or all(map(is_shared, node.args))
-
-
-def group_size(node: Expr) -> int | None:
-    """The size of the groups of an expression; None if there are none, or of several kinds."""
-    found = {part.params for part in walk(node) if part.op in GROUP}
-    return next(iter(found))[1] if len(found) == 1 else None
-
-
-def _exact(node: Expr) -> Fraction | None:
-    """The exact number that a constant is."""
-    if node.op == "reciprocal":
-        inner = _exact(node.args[0])
-        return 1 / inner if inner else None
-    return None if node.op != "const" or node.value is None else Fraction(node.value)
-
-
-def _product(node: Expr) -> tuple[Fraction, list[Expr]]:
-    """A product as an exact number and other factors."""
-    if node.op == "neg":
-        number, factors = _product(node.args[0])
-        return -number, factors
-    if node.op == "mul":
-        parts = [_product(arg) for arg in node.args]
-        return parts[0][0] * parts[1][0], parts[0][1] + parts[1][1]
-    if node.op == "square":
-        number, factors = _product(node.args[0])
-        return number**2, factors * 2
-    number = _exact(node)
-    return (Fraction(1), [node]) if number is None else (number, [])
-
-
-def _terms(node: Expr) -> list[tuple[Fraction, list[Expr]]]:
-    """A sum as its terms, each an exact number and other factors."""
-    if node.op == "add":
-        return [term for arg in node.args for term in _terms(arg)]
-    number, factors = _product(node)
-    if len(factors) == 1 and factors[0].op == "add":
-        return [(number * n, rest) for n, rest in _terms(factors[0])]
-    return [(number, factors)]
-
-
-def linear(node: Expr) -> Linear | None:
-    """An expression as `a y + b sum(y) + ...`, if it is one."""
-    a = b = Fraction(0)
-    rest = []
-    for number, factors in _terms(node):
-        if len(factors) == 1 and factors[0].op == "leaf":
-            a += number
-        elif len(factors) == 1 and _sum_of(factors[0]) is not None:
-            inner = _sum_of(factors[0])
-            b += number * inner  # type: ignore
-        elif all(map(is_shared, factors)):
-            rest.append((number, *factors))
-        else:
-            return None
-    return Linear(a, b, tuple(rest))
-
-
-def _sum_of(node: Expr) -> Fraction | None:
-    """C, where an expression is the sum of `c y` over the group."""
-    if node.op != "group_sum":
-        return None
-    inner = linear(node.args[0])
-    if inner is None or inner.rest:
-        return None
-    return inner.a + node.params[1] * inner.b
-
-
-def square(node: Expr, n: int) -> Square | None:
-    """An expression as a quadratic form of the group, if it is one."""
-    found = Square(Fraction(0), Fraction(0), Fraction(0))
-    for number, factors in _terms(node):
-        one = _one_square(factors, n)
-        if one is None:
-            return None
-        found = Square(*(x + number * y for x, y in zip(found, one, strict=True)))
-    return found
-
-
-def _one_square(factors: list[Expr], n: int) -> Square | None:
-    zero = Fraction(0)
-    if not factors:
-        return Square(zero, zero, Fraction(1))
-    if len(factors) == 2:
-        sums = [_sum_of(factor) for factor in factors]
-        return None if None in sums else Square(zero, sums[0] * sums[1], zero)  # type: ignore
-    (node,) = factors if len(factors) == 1 else (None,)
-    if node is None:
-        return None
-    if node.op == "group_sum" and node.args[0].op == "square":
-        z = linear(node.args[0].args[0])
-        if z is None or z.rest:
-            return None
-        return Square(z.a**2, 2 * z.a * z.b + n * z.b**2, zero)
-    if node.op in ("max", "abs"):  # max(0, variance): rounding alone can make it negative
-        inner = [arg for arg in node.args if _exact(arg) != 0]
-        form = square(inner[0], n) if len(inner) == 1 else None
-        positive = form is not None and form.squares >= 0 and form.squares + n * form.square >= 0
-        return form if positive and not form.constant else None  # type: ignore
-    return None
-
-
-def _norm(z: Linear, n: int) -> Fraction:
-    """The norm of `a I + b 1 1^T`."""
-    whole = abs(z.a + n * z.b)
-    return whole if n == 1 else max(abs(z.a), whole)
-
 
 # --- the compositions -----------------------------------------------------------------------------
 
@@ -184,15 +65,48 @@ def norm_bound(node: Expr, pool: Pool, known: dict[int, float]) -> float:
 
 
 def _after(node: Expr, pool: Pool, known: dict[int, float]) -> Iterator[float]:
+    for outer, part in _splits(node, pool):
+        inner = norm_bound(part, pool, known)
+        if math.isfinite(inner):
+            yield times(inner, norm_bound(outer, pool, known))
+
+
+def _splits(node: Expr, pool: Pool) -> Iterator[tuple[Expr, Expr]]:
+    """Pairs of functions, the first one after the second one, that an expression is."""
     for part in walk(node):
         if part.depends and part.op != "leaf" and part is not node:
             shared = is_shared(part)
             outer = pool.replaced(node, part)
-            if outer is None or (shared and (outer.grouped or not is_shared(node))):
-                continue
-            inner = norm_bound(part, pool, known)
-            if math.isfinite(inner):
-                yield times(inner, norm_bound(outer, pool, known))
+            if outer is not None and not (shared and (outer.grouped or not is_shared(node))):
+                yield outer, part
+
+
+def range_of(node: Expr, pool: Pool, low: float, high: float) -> tuple[float, float]:
+    """An interval that contains all values of a function of a group, not necessarily a small one.
+
+    Args:
+        node: The expression.
+        pool: Where it was made.
+        low: The least value of an element.
+        high: The largest one.
+    """
+    ends = [plain_range(node, low, high), _own_range(node)]
+    for outer, part in _splits(node, pool):
+        own = _own_range(part)
+        if not outer.grouped and math.isfinite(own[1]):
+            ends.append(plain_range(outer, *own))
+    return max(end[0] for end in ends), min(end[1] for end in ends)
+
+
+def _own_range(node: Expr) -> tuple[float, float]:
+    """What a softmax or a normalization cannot exceed."""
+    n = group_size(node)
+    if n is not None and (found := _softmax_of(node)) is not None:
+        most = float_up(abs(found[0]))
+        return (0.0, most) if found[0] > 0 else (-most, 0.0)
+    if n is not None and (most := _normalized_size(node, n)) is not None:
+        return -float_up(most), float_up(most)
+    return -math.inf, math.inf
 
 
 def _alone(node: Expr) -> float:
@@ -210,7 +124,7 @@ def _linear(node: Expr, n: int) -> Fraction | None:
     z = linear(node)
     if z is None or z.rest:
         return None
-    return _norm(z, n) if z.a else abs(z.b) * sqrt_up(Fraction(n))
+    return norm(z, n) if z.a else abs(z.b) * sqrt_up(Fraction(n))
 
 
 def _log_sum(node: Expr) -> Expr | None:
@@ -228,15 +142,21 @@ def _softmax(node: Expr, n: int) -> Fraction | None:
     if node.op == "exp":  # of a log-softmax
         z = _log_softmax_of(node.args[0])
         return None if z is None else abs(z.a) / 2
-    number, factors = _product(node)
+    found = _softmax_of(node)
+    z = None if found is None else linear(found[1])
+    return None if z is None else abs(found[0] * z.a) / 2  # type: ignore
+
+
+def _softmax_of(node: Expr) -> tuple[Fraction, Expr] | None:
+    """A number and z, where an expression is the number times `exp(z) / sum(exp(z))`."""
+    number, factors = product(node)
     if len(factors) != 2:
         return None
     top, bottom = sorted(factors, key=lambda factor: factor.op == "reciprocal")
     total = bottom.args[0] if bottom.op == "reciprocal" else None
     if total is None or top.op != "exp" or total.op != "group_sum" or total.args[0] is not top:
         return None
-    z = linear(top.args[0])
-    return None if z is None else abs(number * z.a) / 2
+    return number, top.args[0]
 
 
 def _log_softmax_of(node: Expr) -> Linear | None:
@@ -249,31 +169,31 @@ def _log_softmax_of(node: Expr) -> Linear | None:
 
 
 def _log_softmax(node: Expr, n: int) -> Fraction | None:
-    number, factors = _product(node)
+    number, factors = product(node)
     z = _log_softmax_of(factors[0]) if len(factors) == 1 else None
     return None if z is None else abs(number * z.a) * sqrt_up(Fraction(n))
 
 
 def _log_sum_exp(node: Expr, n: int) -> Fraction | None:
-    terms = _terms(node)
+    parts = terms(node)
     found = [
-        i for i, (_, factors) in enumerate(terms) if len(factors) == 1 and _log_sum(factors[0])
+        i for i, (_, factors) in enumerate(parts) if len(factors) == 1 and _log_sum(factors[0])
     ]
     if len(found) != 1:
         return None
-    number, (log,) = terms.pop(found[0])
+    number, (log,) = parts.pop(found[0])
     z = linear(_log_sum(log))  # type: ignore
     if z is None:
         return None
     # log(sum(exp(a y - k))) + k is that of a y; what was taken off must come back, exactly.
     # (b sum(y) is the same for the whole group too, and would have to come back as well.)
-    back = sorted((n, *map(id, factors)) for n, factors in terms)
+    back = sorted((n, *map(id, factors)) for n, factors in parts)
     taken = sorted((-number * term[0], *map(id, term[1:])) for term in z.rest)
     return abs(number * z.a) if back == taken and not z.b else None
 
 
 def _root(node: Expr, n: int) -> Fraction | None:
-    number, factors = _product(node)
+    number, factors = product(node)
     if len(factors) != 1:
         return None
     form = _rooted(factors[0], n)
@@ -291,7 +211,17 @@ def _rooted(node: Expr, n: int) -> Square | None:
 
 
 def _normalized(node: Expr, n: int) -> Fraction | None:
-    number, factors = _product(node)
+    found = _quotient(node)
+    if found is None:
+        return None
+    scale, z, bottom = found
+    least = _floor(bottom, z, n)
+    return None if least is None else scale * norm(z, n) / least
+
+
+def _quotient(node: Expr) -> tuple[Fraction, Linear, Expr] | None:
+    """A quotient of what is linear, with a bound of all constants that it is multiplied by."""
+    number, factors = product(node)
     widths = [max(map(abs, f.params[:2])) for f in factors if f.op == "const"]
     factors = [factor for factor in factors if factor.op != "const"]
     if len(factors) != 2 or not all(map(math.isfinite, widths)):
@@ -300,17 +230,22 @@ def _normalized(node: Expr, n: int) -> Fraction | None:
     z = linear(top)
     if z is None or z.rest or bottom.op != "reciprocal":
         return None
-    least = _floor(bottom.args[0], z, n)
-    if least is None:
+    return math.prod(map(Fraction, widths), start=abs(number)), z, bottom.args[0]
+
+
+def _normalized_size(node: Expr, n: int) -> Fraction | None:
+    """A bound of z / sqrt(k |z|^2 + c): an entry of z is at most |z|."""
+    found = _quotient(node)
+    form = None if found is None or found[2].op != "sqrt" else square(found[2].args[0], n)
+    if found is None or form is None or not _goes_with(form, found[1], n):
         return None
-    scale = math.prod((Fraction(width) for width in widths), start=abs(number))
-    return scale * _norm(z, n) / least
+    return found[0] * sqrt_up(found[1].a ** 2 / form.squares)
 
 
 def _floor(node: Expr, z: Linear, n: int) -> Fraction | None:
     """The least value of a denominator that grows with |z|: `sqrt`, plus or at least a number."""
     if node.op in ("add", "max"):
-        numbers = [_exact(arg) for arg in node.args]
+        numbers = [exact_number(arg) for arg in node.args]
         others = [arg for arg, number in zip(node.args, numbers, strict=True) if number is None]
         added = sum((number for number in numbers if number is not None), start=Fraction(0))
         if len(others) != 1 or not added > 0:
@@ -321,7 +256,7 @@ def _floor(node: Expr, z: Linear, n: int) -> Fraction | None:
         return None
     inner, least = node.args[0], None
     if inner.op == "max":  # rsqrt(max(|z|^2, c))
-        numbers = [_exact(arg) for arg in inner.args]
+        numbers = [exact_number(arg) for arg in inner.args]
         least = max((number for number in numbers if number is not None), default=None)
         inner = next(
             (a for a, number in zip(inner.args, numbers, strict=True) if number is None), inner

@@ -102,7 +102,8 @@ def mul(x: Interval, y: Interval) -> Interval:
     with np.errstate(all="ignore"):
         p = np.where(zero, 0, a * b)
         shifted = (np.abs(np.frexp(a)[0]) == 0.5) | (np.abs(np.frexp(b)[0]) == 0.5)
-        exact = zero | (shifted & (np.abs(p) > _TINY)) | np.isinf(a) | np.isinf(b)
+        exact = zero | (shifted & (np.abs(p) > _TINY) & np.isfinite(p))
+        exact |= np.isinf(a) | np.isinf(b)
         lo, hi = np.nextafter(p, -np.inf), np.nextafter(p, np.inf)
     return Interval(np.where(exact, p, lo).min(0), np.where(exact, p, hi).max(0))
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsn import _interval as iv
-from jsn._expr import COMPARISONS, CONDITIONS, LOGIC, Expr, crossing, exact, walk
+from jsn._expr import COMPARISONS, CONDITIONS, GROUP, LOGIC, Expr, crossings, exact, walk
 from jsn._interval import Interval
 from jsn._unary import UNARY, Unary, power, sqrt
 
@@ -190,8 +190,18 @@ def _truth(node: Expr, jets: Callable[[Expr], Jet], strict: bool) -> tuple[np.nd
     }[node.op]
 
 
-def _number(t: Interval, yes: np.ndarray, no: np.ndarray) -> Jet:
+def _group(node: Expr, t: Interval, jets: Callable[[Expr], Jet]) -> Jet:
+    """A sum or maximum over a group whose elements may lie in any of the cells."""
+    x = jets(node.args[0])
+    g = iv.interval(x.g.lo.min(), x.g.hi.max(), t)
+    if node.op == "group_sum":
+        g = iv.mul(g, iv.interval(node.params[1], node.params[1], t))
+    return Jet(g, *[iv.everything(t)] * 4)
+
+
+def _number(node: Expr, t: Interval, jets: Callable[[Expr], Jet]) -> Jet:
     """A condition as a number: 1 where it surely holds, 0 where it surely does not."""
+    yes, no = _truth(node, jets, strict=True)
     zero, one = (_const(t, x, x) for x in (0.0, 1.0))
     free = Jet(iv.interval(0, 1, t), *[iv.everything(t)] * 4)
     return _either(t, one, _either(t, zero, free, no, ~no), yes, ~yes)
@@ -208,6 +218,20 @@ def _select(node: Expr, t: Interval, jets: Callable[[Expr], Jet]) -> Jet:
     return Jet(jet.g, *(iv.where(sure, part, free) for part in jet[1:]))
 
 
+def _leaf(node: Expr, t: Interval, jets: Callable[[Expr], Jet]) -> Jet:
+    unit = iv.interval(1, 1, t)
+    return Jet(t, unit, t, unit, unit)
+
+
+_WHOLE: dict[str, Callable[[Expr, Interval, Callable[[Expr], Jet]], Jet]] = {
+    "leaf": _leaf,
+    "const": lambda node, t, jets: _const(t, *node.params[:2]),
+    "select": _select,
+    **dict.fromkeys(CONDITIONS, _number),
+    **dict.fromkeys(GROUP, _group),
+}
+
+
 def enclose(node: Expr, t: Interval) -> Jet:
     """The jet of an expression on cells of its variable.
 
@@ -222,15 +246,8 @@ def enclose(node: Expr, t: Interval) -> Jet:
         return known[id(node)]
 
     def one(node: Expr) -> Jet:
-        if node.op == "leaf":
-            unit = iv.interval(1, 1, t)
-            return Jet(t, unit, t, unit, unit)
-        if node.op == "select":
-            return _select(node, t, jets)
-        if node.op == "const":
-            return _const(t, *node.params[:2])
-        if node.op in CONDITIONS:
-            return _number(t, *_truth(node, jets, strict=True))
+        if node.op in _WHOLE:
+            return _WHOLE[node.op](node, t, jets)
         args = [jets(arg) for arg in node.args]
         if node.op in UNARY:
             return _unary(UNARY[node.op], t, *args)
@@ -243,19 +260,19 @@ def enclose(node: Expr, t: Interval) -> Jet:
 
 def _continuous(node: Expr) -> bool:
     """Whether both branches of a selection are equal, exactly, wherever its condition changes."""
-    conditions = [part for part in walk(node.args[0]) if part.op in COMPARISONS]
-    for condition in conditions:
-        x, y = condition.args
-        if not (x.depends or y.depends):
-            continue
-        at = crossing(x, y)
-        if at is None:
-            return False
-        off, on = (exact(branch, at) for branch in node.args[1:])
-        if off is not None and off == on:
-            continue
-        point = iv.interval(np.array([float(at)]), np.array([float(at)]))
-        off, on = (enclose(branch, point).g for branch in node.args[1:])
-        if Fraction(float(at)) != at or not (off.lo == off.hi == on.lo == on.hi).all():
-            return False
+    for condition in walk(node.args[0]):
+        if condition.op in COMPARISONS and condition.depends:
+            points = crossings(*condition.args)
+            if points is None or not all(_meet(*node.args[1:], at) for at in points):
+                return False
     return True
+
+
+def _meet(off: Expr, on: Expr, at: Fraction) -> bool:
+    """Whether two expressions are equal at a point: by rational arithmetic, else by enclosures."""
+    values = exact(off, at), exact(on, at)
+    if None not in values:
+        return values[0] == values[1]
+    point = iv.interval(np.array([float(at)]), np.array([float(at)]))
+    x, y = enclose(off, point).g, enclose(on, point).g
+    return bool(Fraction(float(at)) == at and x.lo[0] == x.hi[0] == y.lo[0] == y.hi[0])

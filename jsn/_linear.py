@@ -74,9 +74,13 @@ def conv_general_dilated(shape: tuple[int, ...], W: Any, params: dict) -> float 
         return 0.0
     dilation, pads = params["rhs_dilation"], params["padding"]
     ups = params["lhs_dilation"]
-    if all(up == 1 for up in ups) and min(min(pad) for pad in pads) >= 0:
+    if all(up == 1 for up in ups) and min(map(min, pads)) >= 0:
         operator = Conv((*sizes, shape[lhs[1]]), strides, tuple(pads), dilation, groups)
         return _largest(upper_bound(K, operator=operator))
+    if groups == 1 and all(step == 1 for step in strides) and min(map(min, pads)) >= 0:
+        operator = Conv((*sizes, shape[lhs[1]]), ups, tuple(pads), dilation, transpose=True)
+        if operator.problem(K.shape) is None:
+            return _largest(upper_bound(K, operator=operator))
     # Zeros between the inputs: the transposed map of a convolution with that stride. Outputs that
     # a stride skips, and padding, only take rows or columns away from the infinite grid.
     window = K.shape[:-2]

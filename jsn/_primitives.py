@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jsn import _arrange, _elementwise, _linear
 from jsn._upward import plus, root, times
@@ -146,6 +147,25 @@ def _reduce(bounds: Bounds, equation: Any, operands: list) -> list:
     return [Value(x.root, expr, index, grouping, otherwise, equation)]
 
 
+def _scatter_add(bounds: Bounds, equation: Any, operands: list) -> list:
+    """Updates added up where they meet: at most k of them in one entry."""
+    x, indices, updates = operands
+    if isinstance(indices, Value):
+        return opaque(bounds, equation, operands, "has indices that depend on x")
+    counts = lax.scatter_add(
+        jnp.zeros(equation.invars[0].aval.shape, jnp.int32),
+        jnp.asarray(indices),
+        jnp.ones(equation.invars[2].aval.shape, jnp.int32),
+        equation.params["dimension_numbers"],
+        mode=equation.params["mode"],
+    )
+    known = [bounds.known(v) if isinstance(v, Value) else Known(0.0) for v in (x, updates)]
+    most = root(int(np.max(counts, initial=0)))
+    bound = plus(known[0].bound, times(most, known[1].bound))
+    problem = known[0].problem or known[1].problem
+    return [bounds.new(counts.shape, Known(bound, problem=problem), equation)]
+
+
 # --- sorting --------------------------------------------------------------------------------------
 
 
@@ -212,6 +232,8 @@ _RULES: dict[str, Callable[[Bounds, Any, list], list]] = {
     "reduce_sum": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
+    "scatter_add": _scatter_add,
+    "scatter-add": _scatter_add,
     "sort": _sort,
     "top_k": _top_k,
     "convert_element_type": _convert,

@@ -86,7 +86,7 @@ def _inner(equation: Equation) -> Any:
 
 _CALLS = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
-     "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint"}
+     "custom_vjp_call_jaxpr", "composite", "remat", "remat2", "checkpoint"}
 )  # fmt: skip
 
 

@@ -96,6 +96,11 @@ def _shifted_inverse(u: Interval) -> Interval:
     return iv.reciprocal(iv.add(u, iv.interval(1, 1, u)))
 
 
+def _log1p_rise(u: Interval) -> Interval:
+    """U / (1 + u) = 1 - 1 / (1 + u)."""
+    return iv.add(iv.interval(1, 1, u), iv.neg(_shifted_inverse(u)))
+
+
 def _one_plus_square(u: Interval) -> Interval:
     return iv.add(power(2, u), iv.interval(1, 1, u))
 
@@ -160,8 +165,8 @@ UNARY: dict[str, Unary] = {
     "exp": Unary(_EXP, _EXP, _exp_rise),
     "exp2": Unary(_EXP2, _scaled(np.log(2), _EXP2)),
     "expm1": Unary(_rising(np.expm1, (-1.0, np.inf), 0.0), _EXP, _exp_rise),
-    "log": Unary(_log, iv.reciprocal),
-    "log1p": Unary(_rising(np.log1p, _ANY, 0.0), _shifted_inverse),
+    "log": Unary(_log, iv.reciprocal, _constant(1, 1)),
+    "log1p": Unary(_rising(np.log1p, _ANY, 0.0), _shifted_inverse, _log1p_rise),
     "tanh": Unary(
         _rising(np.tanh, _SIGNED, 0.0),
         _bump(_tanh_slope, 1.0),

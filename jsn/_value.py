@@ -210,10 +210,8 @@ class Bounds:
             bound = otherwise.bound
         elif not value.is_root:
             self.note(value.equation, own, bound)
-        low, high = otherwise[1:3]
-        if not value.expr.grouped:
-            ends = self.range(value)
-            low, high = max(low, ends[0]), min(high, ends[1])
+        ends = self.range(value)
+        low, high = max(otherwise.low, ends[0]), min(otherwise.high, ends[1])
         problem = (otherwise.problem or value.root.known.problem) if math.isinf(bound) else None
         return Known(bound, low, high, problem)
 
@@ -249,12 +247,13 @@ class Bounds:
 
     def range(self, value: Value) -> tuple[float, float]:
         """An interval that contains all entries of a value."""
-        if value.expr.grouped:
-            return self.known(value)[1:3]
         of = value.root.known
         key = (id(value.expr), of.low, of.high)
         if key not in self._ranges:
-            self._ranges[key] = range_of(value.expr, of.low, of.high)
+            if value.expr.grouped:
+                self._ranges[key] = _groups.range_of(value.expr, self.pool, of.low, of.high)
+            else:
+                self._ranges[key] = range_of(value.expr, of.low, of.high)
         return self._ranges[key]
 
 

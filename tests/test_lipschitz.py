@@ -232,6 +232,7 @@ UNBOUNDED = {
     "floor": (lambda x: jnp.floor(x), "floor"),
     "sign": (lambda x: jnp.sign(x), "sign"),
     "integers": (lambda x: x.astype(jnp.int32).astype(jnp.float32), "convert_element_type"),
+    "bits": (lambda x: ((x.astype(jnp.int32) | 1) & 1).astype(jnp.float32), "convert_element_type"),
     "argmax": (lambda x: jnp.argmax(x, -1).astype(jnp.float32), "argmax"),
     "argsort": (lambda x: jnp.argsort(x, -1).astype(jnp.float32), "sort"),
     "jump": (lambda x: jnp.where(x > 0, x + 1, x), "gt"),
