@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 from networks import Network, bound_model, gaussian, networks, norm, orthogonal
 
@@ -291,3 +292,15 @@ def test_what_is_not_used_is_not_refused():
         return jnp.where(True, x, x * x)
 
     assert jsn.lipschitz_bound(fn, jnp.ones(4)) == 1
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_happens(capsys):
+    names = pages.run("lipschitz.md")
+    printed = capsys.readouterr().out
+    assert names["bound"] == pytest.approx(5.411, abs=1e-3)
+    assert [round(step.factor, 3) for step in names["steps"]] == [2.875, 1.129, 1.359]
+    assert "1.0998\n1.0\n" in printed
+    assert "because of `dot_general` of float32[4,8], float32[8,4]" in printed
