@@ -9,7 +9,7 @@ NEWEST_PYTHON ?= $(shell scripts/find_python.sh 3.12 2>/dev/null)
 
 ARGS ?=
 PYTEST_ARGS ?=
-# What also runs in 64-bit JAX, and what the other versions of JAX leave out.
+# What also runs in 64-bit JAX, and what is left to `make nightly`.
 CORE_TESTS ?= tests/test_power.py tests/test_normalize.py
 FAST ?= -m 'not slow'
 
@@ -48,10 +48,10 @@ define pytest
 endef
 
 # Not yet part of `test`: `make x64` and `make newest`; they join it once seen to pass.
-test: suite  ## all tests
+test: suite  ## the suite: all but the slow tests
 
-suite: $(VENV)/.has-test  ## all tests
-	$(call pytest,$(VENV))
+suite: $(VENV)/.has-test  ## all but the slow tests
+	$(call pytest,$(VENV),$(FAST))
 
 x64: $(VENV)/.has-test  ## the core tests in 64-bit JAX
 	$(call pytest,JAX_ENABLE_X64=1 $(VENV),$(CORE_TESTS))
@@ -67,8 +67,8 @@ endif
 oldest: .venv-oldest/.has-test  ## all but the slow tests on the oldest supported versions
 	$(call pytest,.venv-oldest,$(FAST))
 
-nightly:  ## what `make test` leaves out: all tests on the oldest and the newest versions
-	$(MAKE) --no-print-directory oldest newest FAST=
+nightly:  ## all tests, the slow ones too, on every supported version
+	$(MAKE) --no-print-directory suite x64 oldest newest FAST=
 
 demo: $(VENV)/.has-demo  ## train a small GAN with and without jsn, and compare
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_reference
 from flax import nnx
 from jax import lax
 from matrices import true_norm
@@ -95,9 +96,13 @@ def critic_in_jax(params, x):
     return x @ params["7.weight"].T + params["7.bias"].reshape(1, -1)
 
 
+def make_images():
+    return np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def images():
-    return np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    return make_images()
 
 
 def trained(torch, api, images, n_steps: int = 3):
@@ -115,6 +120,21 @@ def trained(torch, api, images, n_steps: int = 3):
 def outputs(torch, critic, images):
     with torch.no_grad():
         return critic(torch.tensor(images)).numpy()
+
+
+@pytest.mark.parametrize(("api", "n_steps"), [("parametrizations", 0), ("hooks", 1)])
+def test_a_recorded_critic_gives_its_outputs_and_exports_back(api, n_steps, images):
+    """Runs without torch; `torch_reference.py` wrote what is compared with."""
+    before = torch_reference.read(f"critic/{api}/start/")
+    params, state = interop.from_torch(before)
+    normalized, _ = normalize(params, state, n_steps=n_steps)
+    expected = torch_reference.read(f"critic/{api}/")["outputs"]
+    assert rel(critic_in_jax(normalized, images), expected) < 1e-5
+    exported = interop.to_torch(params, state, old=api == "hooks", tensors=False)
+    assert exported.keys() == before.keys()
+    for name, x in exported.items():
+        if not name.endswith("_v"):
+            np.testing.assert_array_equal(x, before[name])
 
 
 def test_a_parametrized_critic_gives_the_same_outputs(torch, images):

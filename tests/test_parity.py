@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_reference
 from flax import nnx
 from jax import lax
 
@@ -40,26 +41,33 @@ class Task(NamedTuple):
     """The layer in JAX, on torch's layout."""
 
 
-@pytest.fixture(scope="module", params=["Linear", "Conv2d"])
-def task(request):
+KINDS = ("Linear", "Conv2d")
+
+
+def make_task(kind: str) -> Task:
     rng = np.random.default_rng(0)
 
     def data(*shape):
         return rng.standard_normal((N_STEPS, *shape)).astype(np.float32)
 
-    if request.param == "Linear":
+    if kind == "Linear":
 
         def linear(params, x):
             return x @ params["weight"].T + params["bias"].reshape(1, -1)
 
-        return request.param, Task(data(16, 12), data(16, 20), linear)
+        return Task(data(16, 12), data(16, 20), linear)
 
     def conv(params, x):
         dims = ("NCHW", "OIHW", "NCHW")
         y = lax.conv_general_dilated(x, params["weight"], (1, 1), "VALID", dimension_numbers=dims)
         return y + params["bias"].reshape(1, -1, 1, 1)
 
-    return request.param, Task(data(8, 4, 6, 6), data(8, 10, 4, 4), conv)
+    return Task(data(8, 4, 6, 6), data(8, 10, 4, 4), conv)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def task(request):
+    return request.param, make_task(request.param)
 
 
 def step_then_read(params, state):
@@ -112,6 +120,23 @@ def torch_layer(torch, kind: str, wrap):
     return wrap(layer)
 
 
+def settle(layer):
+    """A power step for each access, until half a step changes little."""
+    for _ in range(300):
+        layer.weight  # noqa: B018
+
+
+@pytest.mark.parametrize(("api", "tolerance"), [("hooks", 1e-4), ("parametrizations", 1e-3)])
+def test_25_steps_are_those_recorded_of_torch(task, api, tolerance):
+    """Runs without torch; `torch_reference.py` wrote what is compared with."""
+    kind, task = task
+    params, state = interop.from_torch(torch_reference.read(f"{kind}/{api}/start/"))
+    expected = torch_reference.read(f"{kind}/{api}/")["weights"]
+    _, found = trained_in_jax(task, params, state, torch_reference.RATES[api])
+    assert worst(expected[-1:], np.asarray(params["weight"])[None]) > 0.05, "hardly moved"
+    assert worst(found["weight"][torch_reference.STEPS], expected) < tolerance
+
+
 def test_25_steps_equal_those_of_torch(torch, task):
     kind, task = task
     layer = torch_layer(torch, kind, torch.nn.utils.spectral_norm)
@@ -126,8 +151,7 @@ def test_25_steps_equal_those_of_torch(torch, task):
 def test_25_steps_follow_those_of_torchs_parametrization(torch, task):
     kind, task = task
     layer = torch_layer(torch, kind, torch.nn.utils.parametrizations.spectral_norm)
-    for _ in range(300):  # a power step each, until half a step changes little
-        layer.weight  # noqa: B018
+    settle(layer)
     params, state = interop.from_torch(layer.state_dict())
     raw = "parametrizations.weight.original"
     expected = trained_in_torch(torch, layer, task, raw, rate=0.03)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import pytest
 from flax import traverse_util
 from layers import layer_norms
@@ -188,9 +189,10 @@ def initialized(name):
     return model, jax.jit(model.init)(jax.random.key(0), x)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", "resnet", pytest.param("unet", marks=pytest.mark.slow), "lstm"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "unet")]
+
+
+@pytest.mark.parametrize("name", ["vit", "lstm", *SLOW])
 def test_every_layer_has_norm_one_at_first(name):
     cls, x, n_weights = MODELS[name]
     _, variables = initialized(name)
@@ -218,3 +220,14 @@ def test_the_default_rules_leave_convolutions_with_a_larger_norm():
     norms = true_norms(cls(), variables, x)
     assert norms["Dense_0"] == pytest.approx(1, abs=2e-3)
     assert norms["Conv_0"] > 1.3
+
+
+@pytest.mark.slow
+def test_the_page_on_convolutions_runs(capsys):
+    names = pages.run("convolutions.md")
+    printed = capsys.readouterr().out.splitlines()
+    page = (pages.DOCS / "convolutions.md").read_text()
+    assert len(printed) == 4
+    assert all(f"# {line}\n" in page for line in printed[:3])
+    assert np.abs(names["guess"] - names["x"]).max() < 1e-5
+    assert names["rules"][0] == ("experts/kernel$", jsn.Matrix(batch_axis=0))
