@@ -1,0 +1,113 @@
+"""How things are timed: in turns within one process, which has the machine to itself.
+
+In: functions without arguments. Out: seconds of each, and what the compiler says about them. Must
+not know what they compute.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    most: int = 200,
+    tick: Callable[[float], None] = lambda done: None,
+) -> dict[str, list[float]]:
+    """Times every function once for each round, until the time is used up.
+
+    Whatever disturbs the machine disturbs all of them. What ran before may have emptied the
+    caches, so each is called once before it is timed. Runs at least three rounds.
+
+    Args:
+        calls: Functions that return when their work is done.
+        seconds: When to stop beginning new rounds.
+        most: Rounds at most.
+        tick: Is told which part of the rounds is done.
+
+    Returns:
+        Seconds for each round, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for index in range(most):
+        for name, call in calls.items():
+            call()
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+        used = (time.perf_counter() - start) / seconds
+        tick(min(1.0, max(used, (index + 1) / most)))
+        if index >= 2 and used >= 1:
+            break
+    return times
+
+
+def summary(times: list[float]) -> Row:
+    """Milliseconds: the median, and the tenth percentile as the time of an undisturbed call."""
+    return {
+        "ms_median": round(statistics.median(times) * 1e3, 4),
+        "ms_p10": round(statistics.quantiles(times, n=10, method="inclusive")[0] * 1e3, 4),
+        "rounds": len(times),
+    }
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median of the ratios of the rounds: what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def compile_timed(function: Callable, *args: Any) -> tuple[Any, float]:
+    """The compiled function, and the seconds that tracing, lowering and compiling took."""
+    import jax
+
+    begin = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled, time.perf_counter() - begin
+
+
+def analysis(compiled: Any) -> Row:
+    """Bytes that a compiled function touches, and needs beside its arguments and results."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return {"bytes": cost["bytes accessed"], "temporary": memory.temp_size_in_bytes}
+
+
+def run_apart(function: Callable[..., Any], *args: Any, tick: Callable[[float], None]) -> Any:
+    """Yields what the generator `function(*args, tick)` yields, in a fresh process.
+
+    Raises:
+        RuntimeError: If the process ends too early.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_report_to, args=(there, function, args), daemon=False)
+    process.start()
+    there.close()
+    try:
+        while (message := here.recv())[0] != "end":
+            kind, value = message
+            if kind == "result":
+                yield value
+            else:
+                tick(value)
+        process.join()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__} ended with {process.exitcode}") from None
+    finally:
+        process.terminate()
+
+
+def _report_to(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    for result in function(*args, lambda done: pipe.send(("progress", done))):
+        pipe.send(("result", result))
+    pipe.send(("end", None))
