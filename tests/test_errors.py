@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
+from jax.sharding import SingleDeviceSharding
 
 import jsn
 from jsn import Conv, Matrix, _errors
@@ -99,6 +100,16 @@ def radius(logits=((3.0, 1.0),), bound=1.0):
 def accuracy(labels=(0,), radii=1.0):
     return lambda: jsn.certified_accuracy([[3.0, 1.0]], np.array(labels), 1.0, radii)
 
+
+SHARDING = [
+    (
+        "cannot_keep_sharding",
+        ValueError,
+        lambda: jsn.state_sharding({"enc": SingleDeviceSharding(jax.devices()[0])}, PARAMS, STATE),
+        ["jsn.state_sharding: 1 weight cannot be tracked", "dec/kernel: no sharding", "rule None"],
+    ),
+]
+SHARDING = SHARDING if hasattr(jsn, "state_sharding") else []
 
 # wording, kind of error, what to do, and parts of the message: where, got, expected, fix.
 CASES = [
@@ -275,6 +286,7 @@ CASES = [
             "same parameters, rules and block_size",
         ],
     ),
+    *SHARDING,
     # --- u ---
     (
         "bad_u",
