@@ -29,6 +29,7 @@ from jsn._robust import certified_accuracy as certified_accuracy
 from jsn._robust import certified_radius as certified_radius
 from jsn._rules import FLAX as FLAX
 from jsn._rules import TORCH as TORCH
+from jsn._state_sharding import state_sharding as state_sharding
 from jsn._types import SNState as SNState
 
 __version__ = "0.1.0.dev0"

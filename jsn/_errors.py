@@ -97,6 +97,17 @@ def bad_restore(problems: Sequence[Problem]) -> str:
     )
 
 
+def cannot_keep_sharding(call: str, problems: Sequence[Problem]) -> str:
+    """Weights that would have to be gathered, or whose sharding says nothing by name."""
+    return (
+        f"{call}: {_count(len(problems), 'weight')} cannot be tracked where it lies:\n"
+        f"{_rows(problems)}\n"
+        "Expected a jax.sharding.NamedSharding over input, output or batch axes (of a "
+        "convolution: over its channels, if they are not grouped); jsn gathers no weight by "
+        "itself. Shard these weights otherwise, or give these leaves the rule None."
+    )
+
+
 def bad_u(call: str, found: tuple[int, ...], expected: Sequence[str], shape: tuple) -> str:
     """A `u` whose shape does not fit the weight."""
     return (

@@ -19,6 +19,7 @@ from jsn import _errors, _plan
 from jsn._constrain import constrain, per_leaf
 from jsn._power import check_count
 from jsn._rules import FLAX, Leaf, Rules, assign, check_dtypes, flatten
+from jsn._sharding import check_explicit
 from jsn._types import Block, Operator, PyTree, SNState
 
 
@@ -60,6 +61,7 @@ def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 32, warmup: i
     warmup = check_count(call, "warmup", warmup, 0)
     leaves, rebuild = assign(params, rules, call)
     tracked = [leaf for leaf in leaves if leaf.operator is not None]
+    check_explicit(tracked, call)
     operators = tuple(leaf.operator for leaf in tracked)
     us = _plan.begin(operators, [leaf.value for leaf in tracked], block_size, warmup)  # type: ignore
     by_path = dict(zip((leaf.path for leaf in tracked), us, strict=True))
@@ -251,6 +253,7 @@ def _match(
             problems += [(leaf.path, what)] if operator is None else []
     if problems:
         raise ValueError(_errors.other_model(call, problems))
+    check_explicit(leaves, call)
 
     def replace(new: Mapping[str, Block]) -> Any:
         prefixes = iter([prefix for prefix, _ in parts])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from jsn import _power
@@ -112,7 +112,11 @@ def _grouped(
     """Weights that can share their thin operations: their indices, operators and weights."""
     found: dict[Any, list[int]] = {}
     for index, (operator, W, block) in enumerate(zip(operators, weights, blocks, strict=True)):
-        key = (operator, W.shape, W.dtype, jax.typeof(W).sharding, block)
+        sharding = jax.typeof(W).sharding
+        # A mesh with automatic axes does not tell yet where a weight lies: stacked blocks of two
+        # weights could lie on different axes, and one of them would have to move.
+        alone = index if AxisType.Auto in sharding.mesh.axis_types else None
+        key = (operator, W.shape, W.dtype, sharding, block, alone)
         found.setdefault(key, []).append(index)
     groups = list(found.values())
     members = [_Weights(tuple(weights[i] for i in group)) for group in groups]
