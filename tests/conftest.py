@@ -10,12 +10,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
-# Tests of adapters, convolutions, bounds and files: written, but not yet seen to pass on every
-# supported version. They are collected again, file by file, as each part is finished.
-collect_ignore = [
-    "test_bound_terms.py",
-]
-
 # Broadcasting between ranks is how a missing batch axis goes unnoticed.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

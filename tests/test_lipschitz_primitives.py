@@ -188,6 +188,58 @@ def test_the_bound_is_not_below_the_norm(name):
     check(*ABOVE[name], exact=False)
 
 
+# --- almost one of the known compositions -----------------------------------------------------
+
+RAMP, TWICE = jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([[1.0, 2.0, 2.0, 1.0]])
+MASK = jnp.eye(3, 4) > 0
+
+
+def _sum(x):
+    return x.sum(1, keepdims=True)
+
+
+def _shifted_exp(x):
+    return jnp.exp(x - x.max(1, keepdims=True))
+
+
+NEAR_MISSES = {
+    "another row's softmax": lambda x: _shifted_exp(x) / jnp.roll(_sum(_shifted_exp(x)), 1, 0),
+    "another bias": lambda x: jnp.exp(jnp.tanh(x) + RAMP) / _sum(jnp.exp(jnp.tanh(x) + TWICE)),
+    "another axis": lambda x: (x - x.mean(0, keepdims=True)) / (0.1 + x.std(1, keepdims=True)),
+    "scales in another order": lambda x: x * RAMP[:, ::-1] / jnp.sqrt(1 + _sum((x * RAMP) ** 2)),
+    "entries in another order": lambda x: x[:, ::-1] * RAMP / jnp.sqrt(1 + _sum((x * RAMP) ** 2)),
+    "a symmetric scale": lambda x: x[:, ::-1] * TWICE / jnp.sqrt(1 + _sum((x * TWICE) ** 2)),
+    "other masked entries": lambda x: (
+        jnp.where(MASK, 5.0, x) / jnp.sqrt(0.1 + _sum(jnp.where(MASK, 7.0, x * x)))
+    ),
+    "what was taken off is not added": lambda x: jnp.log(_sum(_shifted_exp(x))),
+    "twice the maximum, once the minimum": lambda x: jnp.concatenate(
+        [2 * jnp.maximum(x[:, :2], x[:, 2:]), jnp.minimum(x[:, :2], x[:, 2:])], 1
+    ),
+    "the minimum of others": lambda x: jnp.concatenate(
+        [jnp.maximum(x[:, :2], x[:, 2:]), jnp.minimum(x[:, :2], x[:, :1:-1])], 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_refused_or_bounded(name):
+    fn = NEAR_MISSES[name]
+    try:
+        bound = jsn.lipschitz_bound(fn, x4)
+    except ValueError:
+        bound = np.inf
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1000, 3, 4)) * np.geomspace(0.01, 10, 1000)[:, None, None]
+    y = x + rng.standard_normal(x.shape) * 10 ** rng.uniform(-2, 1, (1000, 1, 1))
+    mapped = jax.jit(jax.vmap(fn))
+    apart = np.asarray(mapped(jnp.asarray(x))) - np.asarray(mapped(jnp.asarray(y)))
+    quotient = np.linalg.norm(apart.reshape(1000, -1), axis=1) / np.linalg.norm(
+        (x - y).reshape(1000, -1), axis=1
+    )
+    assert 0 < quotient.max() <= bound * (1 + 1e-3)
+
+
 # --- convolutions -------------------------------------------------------------------------------
 
 GEOMETRY = [
