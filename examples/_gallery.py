@@ -134,11 +134,10 @@ def spread(values: Iterable[Any], digits: str = ".3g", times: float = 1.0) -> st
     return text + (f", {lost} of {len(found)} diverged" if lost else "")
 
 
-def band(axes: Any, x: Sequence[float], seeds: Any, color: str, label: str, style: str = "-"):
-    """Draws the median over the first axis of `seeds` as a line and their range as a band."""
-    seeds = np.asarray(seeds, dtype=float)
-    axes.plot(x, np.median(seeds, axis=0), style, color=color, label=label)
-    axes.fill_between(x, seeds.min(axis=0), seeds.max(axis=0), color=color, alpha=0.18, lw=0)
+def lines(axes: Any, x: Sequence[float], seeds: Any, label: str, **style: Any) -> None:
+    """Draws one line for each entry of the first axis of `seeds`, labelled once."""
+    for i, line in enumerate(np.asarray(seeds, dtype=float)):
+        axes.plot(x, line, label=label if i == 0 else None, **{"lw": 1.2, **style})
 
 
 def _made(made: Mapping[str, Any]) -> str:

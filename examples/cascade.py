@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _gallery import BLUE, GREEN, GREY, ORANGE, band, main, spread
+from _gallery import BLUE, GREEN, GREY, ORANGE, lines, main, spread
 from sklearn.datasets import load_digits
 
 import jsn
@@ -209,17 +209,17 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             (depth[-1], row["worst"][-1]),
             va="center",
         )
-    left.set(title="Untrained: each layer has this norm", xlim=(1, 28))
+    left.set(title="Untrained: each layer has this norm", xlim=(1, 29))
     colors = dict(zip(MODELS, (ORANGE, GREEN, BLUE), strict=True))
     for row in result["rows"]:
         if "accuracy" in row:
             color = colors[row["model"]]
-            band(right, depth, row["worst"], color, f"{row['model']}: largest")
-            band(right, depth, row["typical"], color, "random direction", ":")
-    right.set(title="Trained: digits, five seeds", xlim=(1, DEPTH))
-    right.legend(fontsize=8)
+            lines(right, depth, row["worst"], f"{row['model']}: largest", color=color)
+            lines(right, depth, row["typical"], "typical direction", color=color, ls=":")
+    right.set(title="Trained on digits, five seeds", xlim=(1, DEPTH))
+    right.axhline(1, color=GREY, lw=0.8)
+    right.legend(fontsize=8, loc="lower left")
     for axes in (left, right):
-        axes.axhline(1, color=GREY, lw=0.8)
         axes.set(yscale="log", xlabel="layer", xticks=[1, 5, 10, 15, 20])
         axes.grid(alpha=0.25)
     left.set_ylabel("a small disturbance is multiplied by")
