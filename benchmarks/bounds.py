@@ -13,15 +13,12 @@ Writes `benchmarks/results/bounds.json` and the tables of `docs/bounds.md`.
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import _report
+from benchmarks._program import Program
 
 FULL = {"sizes": (256, 1024, 2048), "rounds": 7, "channels": (16, 64), "spatial": 32}
 SMOKE = {"sizes": (64,), "rounds": 2, "channels": (4,), "spatial": 8}
@@ -217,34 +214,17 @@ def _parts(result: dict[str, Any]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks bounds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--only", choices=("matrices", "convolutions", "page"), help="one part")
-    args = parser.parse_args(argv)
-
-    settings = SMOKE if args.smoke else FULL
-    folder = _report.ROOT / "out" if args.smoke else _report.ROOT
-    stored = folder / ("bounds.json" if args.smoke else "benchmarks/results/bounds.json")
-    result = _report.read_json(stored)
     measures = {"matrices": measure_matrices, "convolutions": measure_convolutions}
-    os.environ.update(_report.ONE_THREAD)
-    for part, measure in measures.items():
-        if args.only not in (None, part):
-            continue
-        made = _report.circumstances()
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows = pool.submit(measure, settings).result()
-        result[part] = {"made": made, "settings": settings, "rows": rows}
-        _report.write_json(stored, result)
-    parts = _parts(result)
-    print("\n\n".join(parts.values()))
-    page = _report.ROOT / "docs/bounds.md"
-    _report.write_parts(folder / "docs/bounds.md", "bounds", parts, template=page)
+    Program(
+        "bounds",
+        __doc__,
+        "bounds.md",
+        measures,
+        _parts,
+        FULL,
+        SMOKE,
+        "seconds, to see that it runs",
+    ).main(argv)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,11 @@ Writes `benchmarks/results/conv_norms.json` and the tables of `docs/convolutions
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import math
-import multiprocessing
-import os
 from typing import Any
 
 from benchmarks import _report
+from benchmarks._program import Program
 
 FULL = {"size": 10, "seeds": 3, "steps": 400, "every": 20}
 SMOKE = {"size": 6, "seeds": 1, "steps": 20, "every": 10}
@@ -208,33 +205,17 @@ def _parts(result: dict[str, Any]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks conv_norms",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--smoke", action="store_true", help="to see that it runs")
-    parser.add_argument("--only", choices=("kernels", "training", "page"), help="one part")
-    args = parser.parse_args(argv)
-
-    settings = SMOKE if args.smoke else FULL
-    folder = _report.ROOT / "out" if args.smoke else _report.ROOT
-    stored = folder / ("conv_norms.json" if args.smoke else "benchmarks/results/conv_norms.json")
-    result = _report.read_json(stored)
-    os.environ.update(_report.ONE_THREAD)
-    for part, measure in (("kernels", measure_kernels), ("training", measure_training)):
-        if args.only not in (None, part):
-            continue
-        made = _report.circumstances()
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows = pool.submit(measure, settings).result()
-        result[part] = {"made": made, "settings": settings, "rows": rows}
-        _report.write_json(stored, result)
-    parts = _parts(result)
-    print("\n\n".join(parts.values()))
-    page = _report.ROOT / "docs/convolutions.md"
-    _report.write_parts(folder / "docs/convolutions.md", "conv_norms", parts, template=page)
+    measures = {"kernels": measure_kernels, "training": measure_training}
+    Program(
+        "conv_norms",
+        __doc__,
+        "convolutions.md",
+        measures,
+        _parts,
+        FULL,
+        SMOKE,
+        "to see that it runs",
+    ).main(argv)
 
 
 if __name__ == "__main__":
