@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from jsn import _power
 from jsn._operator import explicit_spec, size
+from jsn._sharding import landing
 from jsn._types import Block, Operator, Sigma, Weight
 
 
@@ -127,8 +128,7 @@ def _place(operator: Operator, W: Weight, u: Block) -> Block:
     """Moves a block to where the output side of its weight lives (explicit meshes only)."""
     if explicit_spec(u) is None:
         return u
-    z = jax.eval_shape(lambda W, u: operator.matvec(W, operator.rmatvec(W, u)), W, u)
-    return jax.sharding.reshard(u, z.sharding)
+    return jax.sharding.reshard(u, landing(operator, W, u))
 
 
 def track(

@@ -58,13 +58,16 @@ def problem(operator: Operator, ndim: int, spec: PartitionSpec) -> str | None:
     return None
 
 
+def landing(operator: Operator, W: Any, u: Any) -> Sharding:
+    """Where a block lives: as the output side of its weight does, read off the products."""
+    z: Any = jax.eval_shape(lambda W, u: operator.matvec(W, operator.rmatvec(W, u)), W, u)
+    return z.sharding
+
+
 def block_sharding(
     operator: Operator, shape: tuple[int, ...], block: tuple[int, ...], sharding: Sharding
 ) -> Sharding:
-    """Where a block lives: as the output side of its weight does.
-
-    Read off the products themselves, on a mesh that says where each result lives.
-    """
+    """Where a block lives, given where its weight does: on whatever mesh, arrays or not."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     mesh = sharding.mesh
@@ -74,8 +77,8 @@ def block_sharding(
     W = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(typed, sharding.spec))
     u = jax.ShapeDtypeStruct(block, np.float32, sharding=NamedSharding(typed, PartitionSpec()))
     with jax.sharding.use_abstract_mesh(typed):
-        z: Any = jax.eval_shape(lambda W, u: operator.matvec(W, operator.rmatvec(W, u)), W, u)
-    return NamedSharding(mesh, z.sharding.spec, memory_kind=sharding.memory_kind)
+        found: Any = landing(operator, W, u)
+    return NamedSharding(mesh, found.spec, memory_kind=sharding.memory_kind)
 
 
 def is_known(sharding: object) -> bool:
