@@ -9,7 +9,7 @@ NEWEST_PYTHON ?= $(shell scripts/find_python.sh 3.12 2>/dev/null)
 
 ARGS ?=
 PYTEST_ARGS ?=
-GALLERY ?= cascade gan_stability long_memory stable_transformer
+GALLERY ?= cascade stable_transformer
 # What also runs in 64-bit JAX, and what is left to `make nightly`.
 CORE_TESTS ?= tests/test_power.py tests/test_normalize.py
 FAST ?= -m 'not slow'
@@ -74,7 +74,7 @@ nightly:  ## all tests, the slow ones too, on every supported version
 demo: $(VENV)/.has-demo  ## train a small GAN with and without jsn, and compare
 	$(BIN)/python examples/demo.py $(ARGS)
 
-gallery: $(VENV)/.has-demo  ## measure every example of the gallery again, about half an hour
+gallery: $(VENV)/.has-demo  ## measure the examples that have a page in the gallery again
 	for name in $(GALLERY); do $(BIN)/python examples/$$name.py --save || exit 1; done
 
 bench: $(VENV)/.has-bench  ## measure truth and cost beside other implementations

@@ -4,7 +4,6 @@ import argparse
 import importlib
 
 BENCHMARKS = {
-    "speed": "what normalizing costs beside every other library: time, compilation, memory",
     "truth": "how true the norms are during training, for each block size, and at what cost",
     "conv_norms": "how far the norm of a reshaped kernel is from that of its convolution",
     "bounds": "how close proven bounds are, and what they cost beside an SVD",
