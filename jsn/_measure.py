@@ -183,7 +183,8 @@ def scan(x: np.ndarray) -> tuple[int, float]:
     """How many entries are not finite, and the largest magnitude of the others."""
     not_finite, largest = 0, 0.0
     for part in _parts(x):
-        part = np.abs(part.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # a signalling NaN warns when it is cast
+            part = np.abs(part.astype(np.float64))
         finite = np.isfinite(part)
         not_finite += part.size - int(np.count_nonzero(finite))
         largest = max(largest, float(part.max(where=finite, initial=0.0)))
