@@ -19,11 +19,11 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check lint format types test suite x64 newest oldest nightly demo gallery bench docs clean \
-  distclean
+.PHONY: help check lint format types test suite x64 newest oldest nightly demo gallery bench reliability docs \
+  clean distclean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 check: lint types  ## lint and types
 
@@ -79,6 +79,9 @@ gallery: $(VENV)/.has-demo  ## measure the examples that have a page in the gall
 
 bench: $(VENV)/.has-bench  ## measure truth and cost beside other implementations
 	$(BIN)/python -m benchmarks $(ARGS)
+
+reliability: $(VENV)/.has-test  ## measure faults, hostile files, kills, a soak, the modes of JAX
+	$(BIN)/python -m benchmarks.reliability $(ARGS)
 
 docs: $(VENV)/.has-docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
