@@ -21,7 +21,7 @@ import jsn
 from benchmarks._report import table
 
 LENGTHS, RATES = (100, 300, 1000), (1e-3, 1e-4)
-BATCH, N_SYMBOLS, N_COPIED = 32, 8, 3
+BATCH, N_SYMBOLS, N_COPIED = 16, 8, 3
 
 
 # --8<-- [start:model]
@@ -54,6 +54,7 @@ def draw_batch(key: jax.Array, length: int, size: int) -> tuple[jax.Array, jax.A
 
 
 @partial(jax.jit, static_argnames=("name", "length", "steps"))
+@partial(jax.vmap, in_axes=(None, None, None, 0, 0))
 def train(name: str, length: int, steps: int, rate: jax.Array, key: jax.Array) -> Any:
     """The trained variables; gradients are clipped to a norm of 1, for all alike."""
     model, constraint = MODELS[name]
@@ -80,10 +81,11 @@ def train(name: str, length: int, steps: int, rate: jax.Array, key: jax.Array) -
 
 
 @partial(jax.jit, static_argnames=("name", "length"))
+@partial(jax.vmap, in_axes=(None, None, 0))
 def examine(name: str, length: int, variables: Any) -> tuple[jax.Array, jax.Array]:
     """On fresh sequences: the accuracy, and the norm of the loss's gradient at each input."""
     model, _ = MODELS[name]
-    x, symbols = draw_batch(jax.random.key(12345), length, 256)
+    x, symbols = draw_batch(jax.random.key(12345), length, 128)
 
     def loss_fn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.apply(variables, x)
@@ -111,17 +113,19 @@ def measure(smoke: bool, progress: Any) -> dict[str, Any]:
     if smoke:
         lengths, rates, seeds, steps = (30,), (1e-3,), [0], 40
     rows = []
-    runs = [(length, name, rate) for length in lengths for name in names for rate in rates]
-    for length, name, rate in progress.track(runs, description="lengths, networks, rates"):
-        found = []
-        for seed in seeds:
-            variables = train(name, length, steps, rate, jax.random.key(seed))
-            accuracy, gradient = jax.device_get(examine(name, length, variables))
-            thinned = gradient[:: -max(1, len(gradient) // 100)][::-1]
-            found.append((accuracy, recurrent_norm(variables), thinned))
-        accuracy, norm, gradient = zip(*found, strict=True)
-        row = {"model": name, "length": length, "rate": rate, "accuracy": accuracy}
-        rows.append({**row, "norm": norm, "gradient": gradient})
+    grid = [(rate, seed) for rate in rates for seed in seeds]  # trained side by side
+    each_rate, each_key = jnp.array([r for r, _ in grid]), [jax.random.key(s) for _, s in grid]
+    runs = [(length, name) for length in lengths for name in names]
+    for length, name in progress.track(runs, description="lengths and networks"):
+        trained = train(name, length, steps, each_rate, jnp.stack(each_key))
+        accuracy, gradient = jax.device_get(examine(name, length, trained))
+        thinned = gradient[:, :: -max(1, length // 100)][:, ::-1]
+        norms = [recurrent_norm(jax.tree.map(lambda x: x[i], trained)) for i in range(len(grid))]  # noqa: B023
+        for rate in rates:
+            mine = [i for i, (r, _) in enumerate(grid) if r == rate]
+            row = {"model": name, "length": length, "rate": rate, "accuracy": accuracy[mine]}
+            norm = [norms[i] for i in mine]
+            rows.append({**row, "norm": norm, "gradient": thinned[mine]})
     return {"seeds": seeds, "steps": steps, "rows": rows}
 
 
