@@ -35,14 +35,17 @@ else is left, and there it brings a lost or rank-deficient block back to life.""
 
 
 def probe(shape: tuple[int, ...], n_batch: int) -> Block:
-    """A fixed, seemingly random block in [-1, 1): k^2 times the golden ratio, modulo 1.
+    """A fixed, seemingly random block in [-1, 1): an integer hash of the position.
 
     Computed where it is used, so that no array of its size becomes a constant of the program,
-    and equal on every platform.
+    and equal on every platform. (A multiple of the squared position, modulo 1, is cheaper and will
+    not do: it leaves blocks of some shapes without full rank.)
     """
     index = lax.iota(jnp.uint32, size(shape[n_batch:])).reshape(shape[n_batch:])
-    bits = index * index * jnp.uint32(0x9E3779B9)
-    return jnp.broadcast_to(bits.astype(jnp.float32) * 2.0**-31 - 1, shape)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        index = (index ^ (index >> shift)) * jnp.uint32(factor)
+    index = index ^ (index >> 16)
+    return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1, shape)
 
 
 def thirds(block: int) -> tuple[int, int, int]:

@@ -79,8 +79,8 @@ def _grouped(tracked: Sequence[Tracked]) -> tuple[list[list[int]], list[Tracked]
 
 
 def _together(members: Sequence[Tracked]) -> Tracked:
-    operator = _Group(members[0].operator, len(members))
-    weights = _Weights(tuple(member.W for member in members))
+    operator: Any = _Group(members[0].operator, len(members))
+    weights: Any = _Weights(tuple(member.W for member in members))
     return Tracked(operator, weights, jnp.stack([member.u for member in members]))
 
 

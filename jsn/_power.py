@@ -68,16 +68,20 @@ def _gram(x: Block, n_batch: int) -> Float[Array, "*batch block block"]:
 def _mix(coefficients: Float[Array, "*batch rows block"], x: Block) -> Block:
     """Linear combinations of the vectors of a block."""
     n_batch = coefficients.ndim - 2
-    batch = tuple(range(n_batch))
+    batch, coefficients = tuple(range(n_batch)), _beside(x, coefficients, n_batch)
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
 def _over(values: Array, x: Array) -> Array:
     """One value for each batch entry, shaped to broadcast over the trailing axes of x."""
-    spec, n_batch = explicit_spec(x), jnp.ndim(values)
-    if spec is not None:  # what was computed everywhere goes where the batch axes of x are
-        values = jax.sharding.reshard(values, PartitionSpec(*spec[:n_batch]))
-    return values.reshape(values.shape + (1,) * (x.ndim - n_batch))
+    values = _beside(x, values, jnp.ndim(values))
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+def _beside(x: Array, small: Array, n_batch: int) -> Array:
+    """What was computed everywhere, moved to where the batch axes of x are (explicit meshes)."""
+    spec = explicit_spec(x)
+    return small if spec is None else jax.sharding.reshard(small, PartitionSpec(*spec[:n_batch]))
 
 
 def _safe(x: Array) -> Array:
@@ -99,7 +103,10 @@ def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
 @jax.jit  # traced once for each shape
 def usable(u: Block) -> Block:
     """A stored block, with what is not finite replaced."""
-    return jnp.where(jnp.isfinite(u), u, probe(u.shape, 0))
+    fresh = probe(u.shape, 0)
+    if explicit_spec(u) is not None:
+        fresh = jax.sharding.reshard(fresh, jax.typeof(u).sharding)
+    return jnp.where(jnp.isfinite(u), u, fresh)
 
 
 def full_side(operator: Operator, shape: tuple[int, ...]) -> int:
@@ -202,7 +209,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     rows = basis.vectors
     if not plain.all():
         block = next(weight.block for weight in weights if not weight.is_subspace)
-        rows = jnp.where(_over(plain, rows), rows, lobpcg(basis, block))
+        rows = jnp.where(_over(jnp.asarray(plain), rows), rows, lobpcg(basis, block))
     seconds = _each(second_read, weights, firsts, stack.split(rows, blocks))
 
     # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
