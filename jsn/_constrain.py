@@ -1,7 +1,7 @@
 """Station 5. From sigma to the weight the model uses: hard, soft, learned scale.
 
-In: a weight, its sigma, and what the caller asks for. Out: the constrained weight, in the
-weight's own dtype. Must not know how sigma was found.
+In: weights, their sigmas, and what the caller asks for. Out: the constrained weights, each in
+its own dtype. Must not know how sigma was found.
 """
 
 from __future__ import annotations
@@ -13,28 +13,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from jsn import _errors
+from jsn._block import Stack
+from jsn._operator import explicit_spec
 from jsn._rules import Leaf, flatten
-from jsn._types import Operator, PyTree, Sigma, Weight
+from jsn._types import PyTree, Sigma, Weight
 
 
 def constrain(
-    operator: Operator, W: Weight, sigma: Sigma, bound: Any, soft: bool, scale: Any
-) -> Weight:
-    """Scales a weight: `W * bound / sigma`, or `W * min(1, bound / sigma)`, times `scale`.
+    leaves: Sequence[Leaf],
+    sigmas: Sequence[Sigma],
+    bounds: Sequence[Any],
+    soft: bool,
+    scales: Sequence[Any],
+) -> list[Weight]:
+    """Scales weights: `W * bound / sigma`, or `W * min(1, bound / sigma)`, times `scale`.
 
-    The factor is formed and applied in at least float32; the cast to the dtype of `W` comes
-    last. A zero weight stays zero.
+    The factors of all weights are formed at once. They are formed and applied in at least
+    float32; the cast to the dtype of `W` comes last. A zero weight stays zero.
     """
-    dtype = jnp.promote_types(W.dtype, jnp.float32)
-    sigma = sigma.astype(dtype)
-    bound = jnp.asarray(bound, dtype)
+    stack = Stack(tuple(sigma.shape for sigma in sigmas))
+    sigma = stack.flat(sigmas)
+    bound = _flat(stack, bounds, sigma.dtype)
     scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
     factor = _quotient(jnp.where(scaled, bound, 1), jnp.where(scaled, sigma, 1))
+    factors = stack.split(factor, [0] * len(leaves))
+    return [_scaled(*each) for each in zip(leaves, factors, scales, strict=True)]
+
+
+def _flat(stack: Stack, bounds: Sequence[Any], dtype: Any) -> Array:
+    """Bounds, one for each entry of the flat sigmas; or one number, where all are the same."""
+    if all(bound is bounds[0] for bound in bounds) and jnp.ndim(bounds[0]) == 0:
+        return jnp.asarray(bounds[0], dtype)
+    full = zip(bounds, stack.batches, strict=True)
+    return stack.flat([jnp.broadcast_to(jnp.asarray(b, dtype), batch) for b, batch in full])
+
+
+def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
+    W, operator = leaf.value, leaf.operator
+    dtype = jnp.promote_types(W.dtype, jnp.float32)
+    factor = factor.astype(dtype)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
-    return (W.astype(dtype) * operator.spread(factor, W.shape)).astype(W.dtype)
+    factor = operator.spread(factor, W.shape)  # type: ignore
+    spec = explicit_spec(W)
+    if spec is not None:
+        kept = [axis if n > 1 else None for axis, n in zip(spec, factor.shape, strict=True)]
+        factor = jax.sharding.reshard(factor, PartitionSpec(*kept))
+    return (W.astype(dtype) * factor).astype(W.dtype)
 
 
 @jax.custom_jvp

@@ -129,12 +129,13 @@ def _normalize(
     bounds = per_leaf(call, "bound", bound, params, leaves)
     scales = per_leaf(call, "scale", scale, params, leaves)
     sigmas, us = _track(leaves, us, n_steps)
-    values = [
-        leaf.value
-        if leaf.operator is None
-        else constrain(leaf.operator, leaf.value, sigmas[leaf.path], b, soft, s)
-        for leaf, b, s in zip(leaves, bounds, scales, strict=True)
-    ]
+    tracked = [index for index, leaf in enumerate(leaves) if leaf.operator is not None]
+    pick = lambda values: [values[index] for index in tracked]
+    values = [leaf.value for leaf in leaves]
+    if tracked:
+        scaled = constrain(pick(leaves), list(sigmas.values()), pick(bounds), soft, pick(scales))
+        for index, value in zip(tracked, scaled, strict=True):
+            values[index] = value
     return rebuild(values), replace(us)
 
 

@@ -9,62 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import AxisType
 
 from jsn import _power
-from jsn._operator import explicit_spec, size
+from jsn._operator import explicit_spec
+from jsn._power import Tracked, full_side, start, usable
 from jsn._sharding import landing
 from jsn._types import Block, Operator, Sigma, Weight
-
-
-def together(phase: Callable, matrices: Sequence[Array]) -> list:
-    """Runs a small phase once, for the stacked matrices of all weights.
-
-    Smaller matrices are padded to the largest. The padding must not mix with what it surrounds:
-    -1 on the diagonal sorts last in `ritz` (Gram matrices have no negative eigenvalue), and
-    rows that are orthogonal to all others change nothing in `orthonormalizer`.
-    """
-    largest = max(matrix.shape[-1] for matrix in matrices)
-    fill = -1.0 if phase is _power.ritz else 1.0
-    stacked = jnp.concatenate([_flat(_pad(matrix, largest, fill)) for matrix in matrices])
-    results = phase(stacked)
-    unstacked, begin = [], 0
-    for matrix in matrices:
-        *batch, block, _ = matrix.shape
-        end = begin + size(batch)
-        unstacked.append(
-            jax.tree.map(
-                lambda x, batch=batch, block=block, begin=begin, end=end: x[
-                    (slice(begin, end), *[slice(block)] * (x.ndim - 1))
-                ].reshape(*batch, *[block] * (x.ndim - 1)),
-                results,
-            )
-        )
-        begin = end
-    return unstacked
-
-
-def _flat(matrix: Array) -> Array:
-    if explicit_spec(matrix) is not None:
-        matrix = jax.sharding.reshard(matrix, PartitionSpec())  # small, wanted everywhere
-    return matrix.reshape(-1, *matrix.shape[-2:])
-
-
-def _pad(matrix: Array, block: int, fill: float) -> Array:
-    missing = block - matrix.shape[-1]
-    if not missing:
-        return matrix
-    diagonal = jnp.where(jnp.arange(block) < matrix.shape[-1], 0.0, fill).astype(matrix.dtype)
-    pad = [(0, 0)] * (matrix.ndim - 2) + [(0, missing)] * 2
-    matrix = jnp.pad(matrix, pad)
-    return matrix + jnp.broadcast_to(jnp.diag(diagonal), matrix.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -107,21 +64,37 @@ class _Group:
         return jnp.stack([self.member.rmatvec(w, u[i]) for i, w in enumerate(W.members)])
 
 
-def _grouped(
-    operators: Sequence[Operator], weights: Sequence[Weight], blocks: Sequence[int]
-) -> tuple[list[list[int]], list[Any], list[Any]]:
-    """Weights that can share their thin operations: their indices, operators and weights."""
+def _grouped(tracked: Sequence[Tracked]) -> tuple[list[list[int]], list[Tracked]]:
+    """Weights that can share their thin operations: their indices, and each group as one."""
     found: dict[Any, list[int]] = {}
-    for index, (operator, W, block) in enumerate(zip(operators, weights, blocks, strict=True)):
+    for index, (operator, W, u) in enumerate(tracked):
         sharding = jax.typeof(W).sharding
         # A mesh with automatic axes does not tell yet where a weight lies: stacked blocks of two
         # weights could lie on different axes, and one of them would have to move.
         alone = index if AxisType.Auto in sharding.mesh.axis_types else None
-        key = (operator, W.shape, W.dtype, sharding, block, alone)
+        key = (operator, W.shape, W.dtype, sharding, u.shape, alone)
         found.setdefault(key, []).append(index)
     groups = list(found.values())
-    members = [_Weights(tuple(weights[i] for i in group)) for group in groups]
-    return groups, [_Group(operators[group[0]], len(group)) for group in groups], members
+    return groups, [_together([tracked[i] for i in group]) for group in groups]
+
+
+def _together(members: Sequence[Tracked]) -> Tracked:
+    operator: Any = _Group(members[0].operator, len(members))
+    weights: Any = _Weights(tuple(member.W for member in members))
+    return Tracked(operator, weights, jnp.stack([member.u for member in members]))
+
+
+def _families(tracked: Sequence[Tracked]) -> list[list[int]]:
+    """Weights whose small algebra has one form: all, unless a tree has several block sizes.
+
+    So it has where the states of several modules come side by side.
+    """
+    sizes = [weight.block for weight in tracked if not weight.is_subspace]
+    families: dict[int, list[int]] = {}
+    for index, weight in enumerate(tracked):
+        home = max(sizes, default=0) if weight.is_subspace else weight.block
+        families.setdefault(home, []).append(index)
+    return list(families.values())
 
 
 def _place(operator: Operator, W: Weight, u: Block) -> Block:
@@ -131,28 +104,36 @@ def _place(operator: Operator, W: Weight, u: Block) -> Block:
     return jax.sharding.reshard(u, landing(operator, W, u))
 
 
+def _back(u: Block, old: Block) -> Block:
+    """Moves a block to where it came from: a state keeps its shardings."""
+    if explicit_spec(u) is None:
+        return u
+    return jax.sharding.reshard(u, jax.typeof(old).sharding)
+
+
 def track(
     operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], n_steps: int
 ) -> tuple[list[Sigma], list[Block]]:
     """Power steps on all weights of a tree at once: sigmas, with derivatives, and next blocks."""
     raw, old = lax.stop_gradient((list(weights), list(us)))
-    placed = [_place(*weight) for weight in zip(operators, raw, old, strict=True)]
-    groups, grouped, members = _grouped(operators, raw, [u.shape for u in placed])  # type: ignore
-    stacked = [jnp.stack([placed[i] for i in group]) for group in groups]
-    pairs, blocks = _power.advance(grouped, members, stacked, n_steps, small=together)
+    tracked = [
+        Tracked(operator, W, usable(_place(operator, W, u)))
+        for operator, W, u in zip(operators, raw, old, strict=True)
+    ]
     sigmas: list[Any] = [None] * len(raw)
     new: list[Any] = [None] * len(raw)
-    for group, pair, block in zip(groups, pairs, blocks, strict=True):
-        for at, i in enumerate(group):
-            own = jax.tree.map(lambda x, at=at: x[at], pair)
-            sigmas[i] = _power.with_derivative(operators[i], weights[i], own)
-            new[i] = block[at] if explicit_spec(block) is None else _back(block[at], old[i])
+    for family in _families(tracked):
+        groups, grouped = _grouped([tracked[i] for i in family])
+        pairs, blocks = _power.advance(grouped, n_steps)
+        live = [_Weights(tuple(weights[family[i]] for i in group)) for group in groups]
+        found = _power.with_derivative(tuple(group.operator for group in grouped), live, pairs)
+        found = _power.stack_of(grouped).split(found, [0] * len(groups))
+        for group, sigma, block in zip(groups, found, blocks, strict=True):
+            for at, i in enumerate(group):
+                index = family[i]
+                sigmas[index] = sigma[at]
+                new[index] = us[index] if n_steps == 0 else _back(block[at], old[index])
     return sigmas, new
-
-
-def _back(u: Block, old: Block) -> Block:
-    """Moves a block to where it came from: a state keeps its shardings."""
-    return jax.sharding.reshard(u, jax.typeof(old).sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -162,21 +143,21 @@ def begin(
     """The first blocks of all weights, warmed up.
 
     The warm-up tracks at least `_WARM_BLOCK` vectors and then keeps the best `block_size` of
-    them, so that one vector starts as true as thirty-two. Compiled as a whole: called eagerly, the
-    many small operations would each be compiled alone.
+    them, so that one vector starts as true as thirty-two. Compiled as a whole: called eagerly,
+    the many small operations would each be compiled alone.
     """
-    sides = [_power.full_side(op, W.shape) for op, W in zip(operators, weights, strict=True)]
+    sides = [full_side(op, W.shape) for op, W in zip(operators, weights, strict=True)]
     wide = [min(max(block_size, _WARM_BLOCK), side) for side in sides]
-    groups, grouped, members = _grouped(operators, weights, wide)
-    us = []
-    for group, operator, W in zip(groups, grouped, members, strict=True):
-        us.append(_place(operator, W, _power.start(operator, W.shape, wide[group[0]])))
-    n_batch = [len(operator.batch(W.shape)) for operator, W in zip(grouped, members, strict=True)]
-    us = _power.orthonormal(us, us, n_batch, together)
-    us = _power.settle(grouped, members, us, warmup, together)
-    new: list[Any] = [None] * len(weights)
-    for group, u, n in zip(groups, us, n_batch, strict=True):
-        best = lax.slice_in_dim(u, 0, min(block_size, sides[group[0]]), axis=n)
+    tracked = [
+        Tracked(op, W, _place(op, W, start(op, W.shape, block)))
+        for op, W, block in zip(operators, weights, wide, strict=True)
+    ]
+    groups, grouped = _grouped(tracked)
+    grouped = _power.settle(_power.orthonormal(grouped), warmup)
+    new: list[Any] = [None] * len(tracked)
+    for group, weight in zip(groups, grouped, strict=True):
+        best = min(block_size, sides[group[0]])
+        best = lax.slice_in_dim(weight.u, 0, best, axis=len(weight.batch))
         for at, i in enumerate(group):
             new[i] = best[at]
     return new

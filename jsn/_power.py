@@ -1,20 +1,21 @@
 """Station 3. The block power iteration: two reads of W, a small Rayleigh-Ritz, sigma.
 
-In: a weight, its operator, and the tracked block `u` of its output side. Out: sigma with its
-derivative, and the next block. Must not know about trees, rules or constraints.
+In: weights, their operators, and the tracked blocks `u` of their output sides. Out: sigmas with
+their derivative, and the next blocks. Must not know about trees, rules or constraints.
 
 One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
 
     v = A^T u                                the first read of W, with the whole block
     G = v v^T = u M u^T,  G = Q diag(w) Q^T  Rayleigh-Ritz on the span of u
-    v = (leading columns of Q)^T v,  z = A v the second read, with the leading third
-    sigma = |z1| / |v1|                      one half step beyond the best Ritz vector
-    u <- orthonormal rows of [ Ritz vectors | their residuals M q - w q | previous directions ]
+    v = (leading columns of Q)^T v,  y = A v the second read, with the leading third
+    r = y - w q                              residuals of the leading Ritz vectors q = Q^T u
+    sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
+    u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
 
 The next block is that of LOBPCG without a preconditioner, in thirds. Where the block spans a
-whole side of the matrix, and for a block of one vector, it is z itself: subspace iteration,
-which for one vector is the iteration of Miyato et al. The step is written in phases, so that
-`_plan` can run the small ones (`ritz`, `orthonormalizer`) for all weights at once.
+whole side of the matrix, and for a block of one vector, it is y itself: subspace iteration,
+which for one vector is the iteration of Miyato et al. What has the size of a weight or of a block
+is done weight by weight here; the algebra in between, which is small, for all of them at once.
 """
 
 from __future__ import annotations
@@ -22,29 +23,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jsn import _errors
-from jsn._operator import Matrix, contract, size
+from jsn._block import NOISE, Stack, lobpcg, orthonormalizer, probe, ritz, thirds
+from jsn._operator import Matrix, contract, explicit_spec, size
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
 
-_NOISE = 2.0**-23
-"""Size of the probe mixed into each new block: at rounding level, it only matters where nothing
-else is left, and there it brings a lost or rank-deficient block back to life."""
 
+class Pairs(NamedTuple):
+    """The tracked singular pairs of several weights: sigmas, and the vectors they were read off."""
 
-class Pair(NamedTuple):
-    """The tracked singular pair: sigma and the unit vectors it was read off."""
-
-    sigma: Sigma
-    u: Float[Array, "*batch_codomain"]
-    v: Float[Array, "*batch_domain"]
+    sigma: Float[Array, " n"]
+    """Of all entries of all weights, as one vector."""
+    u: list[Float[Array, "*batch_codomain"]]
+    v: list[Float[Array, "*batch_domain"]]
 
 
 class First(NamedTuple):
@@ -55,7 +57,7 @@ class First(NamedTuple):
     gram: Float[Array, "*batch block block"]
 
 
-# --- small dense algebra on the block axis --------------------------------------------------
+# --- blocks of vectors ------------------------------------------------------------------------
 
 
 def _gram(x: Block, n_batch: int) -> Float[Array, "*batch block block"]:
@@ -66,13 +68,20 @@ def _gram(x: Block, n_batch: int) -> Float[Array, "*batch block block"]:
 def _mix(coefficients: Float[Array, "*batch rows block"], x: Block) -> Block:
     """Linear combinations of the vectors of a block."""
     n_batch = coefficients.ndim - 2
-    batch = tuple(range(n_batch))
+    batch, coefficients = tuple(range(n_batch)), _beside(x, coefficients, n_batch)
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
 def _over(values: Array, x: Array) -> Array:
-    """Broadcasts one value for each batch entry over the trailing axes of x."""
+    """One value for each batch entry, shaped to broadcast over the trailing axes of x."""
+    values = _beside(x, values, jnp.ndim(values))
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+def _beside(x: Array, small: Array, n_batch: int) -> Array:
+    """What was computed everywhere, moved to where the batch axes of x are (explicit meshes)."""
+    spec = explicit_spec(x)
+    return small if spec is None else jax.sharding.reshard(small, PartitionSpec(*spec[:n_batch]))
 
 
 def _safe(x: Array) -> Array:
@@ -80,66 +89,24 @@ def _safe(x: Array) -> Array:
     return jnp.where(x > 0, x, 1)
 
 
-def _norm(x: Array, n_batch: int) -> Sigma:
-    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(n_batch, x.ndim))))
+def _positive(x: Array) -> Array:
+    """Rounding can make a square negative; a NaN stays one."""
+    return jnp.maximum(x, 0)
 
 
-def probe(shape: tuple[int, ...], n_batch: int) -> Block:
-    """A fixed, seemingly random block in [-1, 1): an integer hash of the position.
-
-    Computed where it is used, so that no array of its size becomes a constant of the program,
-    and equal on every platform.
-    """
-    index = lax.iota(jnp.uint32, size(shape[n_batch:])).reshape(shape[n_batch:])
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        index = (index ^ (index >> shift)) * jnp.uint32(factor)
-    index = index ^ (index >> 16)
-    return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1, shape)
+def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
+    """The first block of a weight, not yet orthonormal: a fixed probe."""
+    batch = operator.batch(shape)
+    return probe((*batch, block, *operator.codomain(shape)), len(batch))
 
 
-# --- the five phases of a step ---------------------------------------------------------------
-
-
-def read(operator: Operator, W: Weight, u: Block) -> First:
-    """Phase 1, the first read of W. `v` is rescaled, so that no scale of W overflows later."""
-    n_batch = len(operator.batch(W.shape))
-    v = operator.rmatvec(W, u)
-    peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
-    info = jnp.finfo(peak.dtype)
-    scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
-    scale = _safe(jnp.maximum(scale, info.tiny) * (peak > 0))
-    v = v * _over(1 / scale, v)
-    return First(scale, v, _gram(v, n_batch))
-
-
-def ritz(gram: Float[Array, "*n b b"]) -> tuple[Float[Array, "*n b"], Float[Array, "*n b b"]]:
-    """Phase 2, eigenvalues (largest first) and eigenvectors (as rows) of the Gram matrices."""
-    values, vectors = lax.platform_dependent(gram, cpu=_eigh_on_cpu, default=_eigh)
-    return values[..., ::-1], jnp.swapaxes(vectors, -1, -2)[..., ::-1, :]
-
-
-def _eigh(gram: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
-    return values, vectors
-
-
-def _eigh_on_cpu(gram: Array) -> tuple[Array, Array]:
-    """One matrix at a time where several devices share one CPU.
-
-    LAPACK's batched calls share their work among the threads that the virtual devices themselves
-    run on, and eight devices wait for each other for ever (jaxlib 0.10.2 and 0.12.0).
-    """
-    if jax.default_backend() != "cpu" or jax.local_device_count() == 1 or gram.ndim == 2:
-        return _eigh(gram)
-    values, vectors = lax.map(_eigh, gram.reshape(-1, *gram.shape[-2:]))
-    return values.reshape(gram.shape[:-1]), vectors.reshape(gram.shape)
-
-
-def thirds(block: int) -> tuple[int, int, int]:
-    """How many Ritz vectors, residuals and previous directions make up a block."""
-    n_ritz = -(-block // 3)
-    n_residual = -(-(block - n_ritz) // 2)
-    return n_ritz, n_residual, block - n_ritz - n_residual
+@jax.jit  # traced once for each shape
+def usable(u: Block) -> Block:
+    """A stored block, with what is not finite replaced."""
+    fresh = probe(u.shape, 0)
+    if explicit_spec(u) is not None:
+        fresh = jax.sharding.reshard(fresh, jax.typeof(u).sharding)
+    return jnp.where(jnp.isfinite(u), u, fresh)
 
 
 def full_side(operator: Operator, shape: tuple[int, ...]) -> int:
@@ -152,202 +119,250 @@ def is_subspace(operator: Operator, shape: tuple[int, ...], block: int) -> bool:
     return block == 1 or block >= full_side(operator, shape)
 
 
-def second_read(
-    operator: Operator, W: Weight, first: First, vectors: Float[Array, "*batch b b"]
-) -> tuple[Pair, Block]:
-    """Phase 3, the second read of W: the pair, and `z = A v / scale` of the leading `v`.
-
-    Only the Ritz vectors whose residuals are wanted are read with: about a third of the block.
-    sigma is |A v| / |v| of the best of them, never above the truth.
-    """
-    n_batch, block = vectors.ndim - 2, vectors.shape[-1]
-    n_leading = block if is_subspace(operator, W.shape, block) else thirds(block)[1]
-    v = _mix(lax.slice_in_dim(vectors, 0, n_leading, axis=n_batch), first.v)
-    z = operator.matvec(W, v)
-    z = z * _over(1 / first.scale, z)
-    best_v, best_z = (lax.index_in_dim(x, 0, n_batch, keepdims=False) for x in (v, z))
-    v_norm, z_norm = _norm(best_v, n_batch), _norm(best_z, n_batch)
-    sigma = first.scale * (z_norm / _safe(v_norm))
-    unit_u, unit_v = best_z / _over(_safe(z_norm), best_z), best_v / _over(_safe(v_norm), best_v)
-    return Pair(sigma, unit_u, unit_v), z
+# --- one step -----------------------------------------------------------------------------------
 
 
-def candidates(
-    z: Block, u: Block, values: Float[Array, "*batch b"], vectors: Float[Array, "*batch b b"]
-) -> Block:
-    """Phase 4, the vectors that span the next block, not yet orthonormal."""
-    n_batch, block = vectors.ndim - 2, vectors.shape[-1]
-    x = z
-    if z.shape[n_batch] < block:
-        n_ritz, n_residual, n_previous = thirds(block)
-        leading = -values[..., :n_residual, None] * vectors[..., :n_residual, :]
-        # A Ritz vector's part outside the last Ritz vectors: where it came from.
-        previous = vectors[..., :n_previous, :]
-        previous = previous * jnp.broadcast_to(jnp.arange(block) >= n_ritz, previous.shape)
-        rows = [vectors[..., :n_ritz, :], leading, previous]
-        pad = [(0, 0)] * n_batch + [(n_ritz, n_previous)] + [(0, 0)] * (u.ndim - n_batch - 1)
-        x = _mix(jnp.concatenate(rows, axis=-2), u) + jnp.pad(z, pad)
-    return x + _NOISE * probe(x.shape, n_batch)
+class Tracked(NamedTuple):
+    """A weight, how it is seen, and its block."""
+
+    operator: Operator
+    W: Weight
+    u: Block
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return self.operator.batch(self.W.shape)
+
+    @property
+    def block(self) -> int:
+        """Vectors in the block."""
+        return self.u.shape[len(self.batch)]
+
+    @property
+    def is_subspace(self) -> bool:
+        """Whether its step is plain subspace iteration."""
+        return is_subspace(self.operator, self.W.shape, self.block)
+
+    @property
+    def n_leading(self) -> int:
+        """How many vectors the second read takes: those whose residuals are wanted."""
+        return self.block if self.is_subspace else thirds(self.block)[1]
 
 
-def orthonormalizer(gram: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
-    """Phase 5, the T for which T x has orthonormal rows, from the Gram matrix of x (Cholesky)."""
-    block = gram.shape[-1]
-    scale = 1 / jnp.sqrt(_safe(jnp.diagonal(gram, axis1=-2, axis2=-1)))
-    gram = gram * scale[..., :, None] * scale[..., None, :]
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=gram.dtype), gram.shape)
-    gram = gram + block * 2.0**-22 * eye
-    change = lax.platform_dependent(gram, cpu=_eliminated, default=_factorized)
-    return change * scale[..., None, :]
+class Second(NamedTuple):
+    """What the second read gives."""
+
+    v: Block
+    """The leading Ritz vectors on the input side, of the size of their Ritz values."""
+    y: Block
+    """Their images `A v / scale`: of moderate size, whatever the scale."""
+    kept: Block | None
+    """Ritz vectors, `-w q`, previous directions; None where y alone makes the next block."""
+    fresh: Block
+    """Residuals `y - w q`, or y where that makes the next block."""
 
 
-def _factorized(gram: Array) -> Array:
-    """The inverse of the Cholesky factor."""
-    factor = lax.linalg.cholesky(gram, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+def read(weight: Tracked) -> First:
+    """The first read of W. `v` is rescaled, so that no scale of W overflows later."""
+    n_batch = len(weight.batch)
+    v = weight.operator.rmatvec(weight.W, weight.u)
+    peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
+    info = jnp.finfo(peak.dtype)
+    scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
+    scale = _safe(jnp.maximum(scale, info.tiny) * (peak > 0))
+    v = v * _over(1 / scale, v)
+    return First(scale, v, _gram(v, n_batch))
 
 
-def _eliminated(gram: Array) -> Array:
-    """The same by Gaussian elimination on `[gram | 1]`, a row at a time for all matrices at once.
-
-    For the CPU, where batched LAPACK hangs on several devices (`_eigh_on_cpu`). It is no slower:
-    a hundred matrices of 32 x 32 take 0.7 ms, with LAPACK 1.1 ms.
-    """
-    block = gram.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=gram.dtype), gram.shape)
-    beside = jnp.concatenate([gram, eye], axis=-1)
-
-    def next_row(i: Array, done: Array) -> Array:
-        row = lax.dynamic_slice_in_dim(beside, i, 1, axis=-2)
-        factors = jnp.swapaxes(lax.dynamic_slice_in_dim(done, i, 1, axis=-1), -1, -2)
-        row = row - jnp.matmul(factors, done, precision=lax.Precision.HIGHEST)
-        row = row / jnp.sqrt(lax.dynamic_slice_in_dim(row, i, 1, axis=-1))
-        return lax.dynamic_update_slice_in_dim(done, row, i, axis=-2)
-
-    done = lax.fori_loop(0, block, next_row, jnp.zeros_like(beside))
-    return lax.slice_in_dim(done, block, 2 * block, axis=-1)
+def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
+    """The second read of W, with the leading Ritz vectors: about a third of the block."""
+    n_batch = len(weight.batch)
+    leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
+    v = _mix(leading, first.v)
+    y = weight.operator.matvec(weight.W, v)
+    y = y * _over(1 / first.scale, y)
+    if weight.is_subspace:
+        kept, fresh = None, y
+    else:
+        kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), thirds(weight.block)
+        fresh = y + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
+    return Second(v, y, kept, fresh + NOISE * probe(fresh.shape, n_batch))
 
 
-# --- one weight -------------------------------------------------------------------------------
+def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
+    """The vectors that span the next block; the last block where something is not finite."""
+    x, n_batch = fresh, len(weight.batch)
+    if second.kept is not None:
+        n_ritz, n_residual, _ = thirds(weight.block)
+        cut = functools.partial(lax.slice_in_dim, second.kept, axis=n_batch)
+        x = lax.concatenate([cut(0, n_ritz), fresh, cut(n_ritz + n_residual, None)], n_batch)
+    return jnp.where(_over(good, x), x, weight.u.astype(x.dtype))
 
 
-def with_derivative(operator: Operator, W: Weight, pair: Pair) -> Sigma:
-    """The sigma of a pair, with the derivative d sigma = u^T dA v and no further read of W."""
-    return _attach(operator, pair.sigma, W, pair.u, pair.v)  # pyright: ignore[reportCallIssue]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attach(operator: Operator, sigma: Sigma, W: Weight, u: Array, v: Array) -> Sigma:
-    del operator, W, u, v
-    return sigma
-
-
-@_attach.defjvp
-def _(operator, primals, tangents):
-    sigma, W, u, v = primals
-    dW = tangents[1]
-    n_batch = len(operator.batch(W.shape))
-    dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
-    return sigma, jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))).astype(sigma.dtype)
-
-
-def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
-    """The first block of a weight: a fixed probe; the first step makes it orthonormal."""
-    batch = operator.batch(shape)
-    return probe((*batch, block, *operator.codomain(shape)), len(batch))
-
-
-def usable(u: Block) -> Block:
-    """A stored block, with entries that are not finite replaced by 0 (one step repairs it)."""
-    return jnp.where(jnp.isfinite(u), u, 0)
-
-
-def stored_pair(first: First, u: Block, vectors: Float[Array, "*batch b b"]) -> Pair:
-    """The best pair in the span of a stored block, from the first read alone."""
-    n_batch = vectors.ndim - 2
-    u, v = (_mix(vectors[..., :1, :], x).squeeze(n_batch) for x in (u, first.v))
-    u_norm, v_norm = _norm(u, n_batch), _norm(v, n_batch)
-    sigma = first.scale * (v_norm / _safe(u_norm))
-    return Pair(sigma, u / _over(_safe(u_norm), u), v / _over(_safe(v_norm), v))
-
-
-# --- any number of weights --------------------------------------------------------------------
-
-Small = Callable[[Callable, Sequence[Array]], Sequence]
-"""How a small phase runs over the matrices of several weights."""
-
-
-def each(phase: Callable, matrices: Sequence[Array]) -> list:
-    """Runs a small phase for one weight after the other."""
-    return [phase(matrix) for matrix in matrices]
-
-
-def orthonormal(
-    blocks: Sequence[Block], last: Sequence[Block], n_batch: Sequence[int], small: Small
-) -> list[Block]:
-    """Phase 5: makes rows orthonormal; the second pass repairs the rounding of the first.
-
-    Where a block is not finite (a NaN in W), the block from before is kept.
-    """
-    for _ in range(2):
-        grams = [_gram(x, n) for x, n in zip(blocks, n_batch, strict=True)]
-        changes = small(orthonormalizer, grams)
-        blocks = [_mix(T, x) for T, x in zip(changes, blocks, strict=True)]
-    return [
-        jnp.where(_over(jnp.isfinite(T).all(axis=(-2, -1)), x), x, u).astype(jnp.float32)
-        for T, x, u in zip(changes, blocks, last, strict=True)
-    ]
-
-
-def step(
-    operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], small: Small
-) -> tuple[list[Pair], list[Block]]:
+def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     """One step for several weights: their pairs and their next blocks."""
-    tracked = list(zip(operators, weights, us, strict=True))
-    firsts = [read(operator, W, u) for operator, W, u in tracked]
-    bases = small(ritz, [first.gram for first in firsts])
-    found = [
-        second_read(operator, W, first, vectors)
-        for (operator, W, _), first, (_, vectors) in zip(tracked, firsts, bases, strict=True)
+    stack, blocks = stack_of(weights), [weight.block for weight in weights]
+    plain = np.repeat([w.is_subspace for w in weights], [size(w.batch) for w in weights])
+    firsts = _each(read, weights)
+    basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
+    rows = basis.vectors
+    if not plain.all():
+        block = next(weight.block for weight in weights if not weight.is_subspace)
+        rows = jnp.where(_over(jnp.asarray(plain), rows), rows, lobpcg(basis, block))
+    seconds = _each(second_read, weights, firsts, stack.split(rows, blocks))
+
+    # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
+    # repairs the rounding of the first, which is large where residuals are all but zero.
+    grams = _each(_gram_of, weights, [second.fresh for second in seconds])
+    changes = orthonormalizer(stack.matrices(grams, fill=1))
+    good = jnp.isfinite(rows).all((-2, -1)) & jnp.isfinite(changes).all((-2, -1))
+    fresh = [
+        _mix(T, second.fresh)
+        for T, second in _zip(stack.split(changes, [w.n_leading for w in weights]), seconds)
     ]
-    spans = [candidates(z, u, *basis) for (_, z), u, basis in zip(found, us, bases, strict=True)]
-    n_batch = [len(operator.batch(W.shape)) for operator, W, _ in tracked]
-    return [pair for pair, _ in found], orthonormal(spans, us, n_batch, small)
+    spans = _each(span, weights, seconds, fresh, stack.split(good, blocks))
+    changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, spans), fill=1))
+    eye = jnp.broadcast_to(jnp.eye(changes.shape[-1], dtype=changes.dtype), changes.shape)
+    changes = jnp.where(_over(good, changes), changes, eye)  # leaves a kept block as it is, exactly
+    new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(stack.split(changes, blocks), spans)]
+
+    images = [
+        gram if weight.is_subspace else _gram_of(weight, second.y)  # fresh is y there
+        for weight, second, gram in _zip(weights, seconds, grams)
+    ]
+    y_norm = jnp.sqrt(stack.flat([gram[..., 0, 0] for gram in images]))
+    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
+    ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
+    vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
+    return _pairs(stack, firsts, (y_norm, ys), (v_norm, vs)), new
 
 
-def settle(
-    operators: Sequence[Operator],
-    weights: Sequence[Weight],
-    us: Sequence[Block],
-    n_steps: int,
-    small: Small = each,
-) -> list[Block]:
+def stored(weights: Sequence[Tracked]) -> Pairs:
+    """The best pairs in the span of the blocks as they are: one read, and no step."""
+    stack, blocks = stack_of(weights), [weight.block for weight in weights]
+    firsts = _each(read, weights)
+    basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
+    best = stack.split(basis.vectors, blocks)
+    best = [lax.slice_in_dim(Q, 0, 1, axis=Q.ndim - 2) for Q in best]
+    us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
+    vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
+    # A block that is not orthonormal, as an average of states is, must not raise sigma.
+    u_norm = stack.flat([jnp.sqrt(x[..., 0, 0]) for x in _each(_gram_of, weights, us)])
+    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
+    us = [_best(weight, u) for weight, u in _zip(weights, us)]
+    pairs = _pairs(stack, firsts, (v_norm, vs), (u_norm, us))
+    return Pairs(pairs.sigma, pairs.v, pairs.u)
+
+
+def _pairs(
+    stack: Stack,
+    firsts: Sequence[First],
+    image: tuple[Float[Array, " n"], list[Array]],
+    source: tuple[Float[Array, " n"], list[Array]],
+) -> Pairs:
+    """Pairs, from the norms and vectors of `image = A source / scale`."""
+    (y_norm, ys), (v_norm, vs) = image, source
+    ratio = jnp.where(v_norm == 0, 0, y_norm / _safe(v_norm))  # a NaN stays one
+    sigma = stack.flat([first.scale for first in firsts]) * ratio
+    return Pairs(sigma, _unit(stack, ys, y_norm), _unit(stack, vs, v_norm))
+
+
+def _unit(stack: Stack, xs: Sequence[Array], norms: Float[Array, " n"]) -> list[Array]:
+    each = stack.split(_safe(norms), [0] * len(xs))  # one for each entry, no block axis to cut
+    return [x / _over(norm, x) for x, norm in _zip(xs, each)]
+
+
+def settle(weights: Sequence[Tracked], n_steps: int) -> list[Tracked]:
     """Runs power steps on several weights, for their blocks alone."""
-    if n_steps == 0:
-        return list(us)
-    return lax.fori_loop(0, n_steps, lambda _, us: step(operators, weights, us, small)[1], list(us))
+    us = [weight.u for weight in weights]
+    if n_steps:
+        again = lambda _, us: step([w._replace(u=u) for w, u in _zip(weights, us)])[1]
+        us = lax.fori_loop(0, n_steps, again, us)
+    return [weight._replace(u=u) for weight, u in _zip(weights, us)]
 
 
-def advance(
-    operators: Sequence[Operator],
-    weights: Sequence[Weight],
-    us: Sequence[Block],
-    n_steps: int,
-    small: Small = each,
-) -> tuple[list[Pair], list[Block]]:
+def advance(weights: Sequence[Tracked], n_steps: int) -> tuple[Pairs, list[Block]]:
     """Runs power steps on several weights: their pairs, without derivatives, and blocks.
 
     With `n_steps=0` the blocks come back as they are, and sigma costs one read.
     """
-    clean = [usable(u) for u in us]
     if n_steps == 0:
-        firsts = [read(*weight) for weight in zip(operators, weights, clean, strict=True)]
-        bases = small(ritz, [first.gram for first in firsts])
-        found = zip(firsts, clean, bases, strict=True)
-        return [stored_pair(first, u, vectors) for first, u, (_, vectors) in found], list(us)
-    clean = settle(operators, weights, clean, n_steps - 1, small)
-    return step(operators, weights, clean, small)
+        return stored(weights), [weight.u for weight in weights]
+    return step(settle(weights, n_steps - 1))
+
+
+def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
+    """The weights with blocks of orthonormal rows, whatever their lengths and angles before."""
+    stack, blocks = stack_of(weights), [weight.block for weight in weights]
+    for _ in range(2):  # the second pass repairs the rounding of the first
+        grams = _each(_gram_of, weights, [weight.u for weight in weights])
+        changes = orthonormalizer(stack.matrices(grams, fill=1))
+        weights = [
+            weight._replace(u=_mix(T, weight.u))
+            for T, weight in _zip(stack.split(changes, blocks), weights)
+        ]
+    return list(weights)
+
+
+def stack_of(weights: Sequence[Tracked]) -> Stack:
+    """How the small matrices of these weights are stacked."""
+    return Stack(tuple(weight.batch for weight in weights))
+
+
+def _best(weight: Tracked, x: Block) -> Array:
+    """The first vector of a block."""
+    return lax.index_in_dim(x, 0, len(weight.batch), keepdims=False)
+
+
+def _gram_of(weight: Tracked, x: Block) -> Float[Array, "*batch b b"]:
+    return _gram(x, len(weight.batch))
+
+
+def _zip(*lists: Sequence) -> Any:
+    return zip(*lists, strict=True)
+
+
+def _each(function: Callable, *lists: Sequence) -> list:
+    """Calls a function for each weight and what belongs to it."""
+    return [function(*each) for each in _zip(*lists)]
+
+
+# --- the derivative -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def with_derivative(operators: tuple[Operator, ...], weights: list[Weight], pairs: Pairs) -> Array:
+    """The sigmas of pairs, with the derivative d sigma = u^T dA v and no further read of W."""
+    del operators, weights
+    return pairs.sigma
+
+
+@functools.partial(with_derivative.defjvp, symbolic_zeros=True)
+def _(operators, primals, tangents):
+    (weights, pairs), changes = primals, tangents[0]
+    parts = []
+    for operator, W, dW, u, v in _zip(operators, weights, changes, pairs.u, pairs.v):
+        n_batch = len(operator.batch(W.shape))
+        if all(map(_is_zero, jax.tree.leaves(dW, is_leaf=_is_zero))):
+            parts.append(jnp.zeros(u.shape[:n_batch], u.dtype))
+            continue
+        dW = jax.tree.map(_instantiated, dW, is_leaf=_is_zero)
+        dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
+        parts.append(jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))))
+    stack = Stack(tuple(operator.batch(W.shape) for operator, W in _zip(operators, weights)))
+    return pairs.sigma, stack.flat(parts).astype(pairs.sigma.dtype)
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _instantiated(x: Any) -> Array:
+    return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
+
+
+# --- the public function --------------------------------------------------------------------------
 
 
 def power_iterate(
@@ -400,12 +415,15 @@ def power_iterate(
     n_steps = check_count(call, "n_steps", n_steps, 0)
     check_weights([Leaf("", W, operator)], call)
     single = check_block(call, operator, W.shape, u)
-    block = jnp.expand_dims(u, len(operator.batch(W.shape))) if single else u
+    batch = operator.batch(W.shape)
+    block = jnp.expand_dims(u, len(batch)) if single else u
     raw, block = lax.stop_gradient((W, jnp.asarray(block, jnp.float32)))
+    tracked = [Tracked(operator, raw, usable(block))]
     if n_steps:  # a caller's own vectors may have any lengths and angles
-        (block,) = orthonormal([block], [block], [len(operator.batch(W.shape))], each)
-    (found,), (block,) = advance([operator], [raw], [block], n_steps)
-    return with_derivative(operator, W, found), block.reshape(u.shape).astype(u.dtype)
+        tracked = orthonormal(tracked)
+    pairs, (new,) = advance(tracked, n_steps)
+    sigma = with_derivative((operator,), [W], pairs).reshape(batch)
+    return sigma, (new if n_steps else block).reshape(u.shape).astype(u.dtype)
 
 
 def check_count(call: str, name: str, value: int, least: int) -> int:

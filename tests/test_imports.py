@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 FLOW = [
-    "_types", "_errors", "_operator", "_rules", "_power", "_plan", "_constrain", "_normalize",
-    "linen",
+    "_types", "_errors", "_operator", "_rules", "_block", "_power", "_plan", "_constrain",
+    "_normalize", "linen",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(importlib.util.find_spec("jsn").origin).parent
 

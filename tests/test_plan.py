@@ -31,28 +31,19 @@ def cost(params, n_steps, block_size=8):
 MIXED = [(20, 12), (12, 20), (3, 3, 4, 16), (30, 5), (5, 30), (1, 9), (9, 1), (20, 12)]
 
 
-@pytest.mark.parametrize(("n_steps", "expected"), [(0, (1, 0, 0)), (1, (1, 2, 2)), (4, (4, 8, 8))])
+@pytest.mark.parametrize(("n_steps", "expected"), [(0, (1, 0)), (1, (1, 3)), (4, (4, 12))])
 def test_the_small_algebra_of_all_weights_is_one_batched_call(n_steps, expected):
     for shapes in (MIXED[:1], MIXED[:3], MIXED):
         counts = cost(kernels(*shapes), n_steps)
         # For several devices that share a CPU there is another branch: eigh one by one.
-        eighs = counts["eigh"] / (1 + len(shapes))
-        assert (eighs, counts["cholesky"], counts["triangular_solve"]) == expected
+        assert (counts["eigh"] / (1 + len(shapes)), counts["cholesky"]) == expected
 
 
 def test_weights_of_one_shape_share_their_thin_operations():
     """More weights cost more reads and more slices, and nothing else."""
     few, many = (cost(kernels(*[(20, 12)] * n), 1) for n in (2, 12))
     per_weight = {name for name in many if many[name] != few[name]}
-    for name in (
-        "iota",
-        "concatenate",
-        "pad",
-        "reduce_max",
-        "reduce_and",
-        "reduce_precision",
-        "xor",
-    ):
+    for name in ("concatenate", "pad", "reduce_max", "reduce_and", "reduce_precision", "sqrt"):
         assert name not in per_weight
         assert many[name] > 0
     # Per weight: two reads, what is stacked and unstacked, and the division of the weight.

@@ -10,6 +10,7 @@ import pytest
 from matrices import PROBLEMS, assert_converged, gaussian, named, true_norm, with_spectrum
 
 import jsn
+from jsn import _block
 
 X64 = jax.config.jax_enable_x64
 STACK = jsn.Matrix(batch_axis=0)
@@ -410,3 +411,10 @@ def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
     W, u = jnp.ones((31, 37)), rows(41, 8, 37)
     assert jaxprs.largest_constant(lambda W, u: jsn.power_iterate(W, u, 3), W, u) <= 1
     assert jaxprs.largest_constant(lambda W: W @ u.T, W) == 8 * 37  # the count can fail
+
+
+@pytest.mark.parametrize("n_vectors", [2, 17, 24, 33, 60])
+def test_the_first_block_spans_as_many_directions_as_it_has_vectors(n_vectors):
+    for length in (n_vectors, n_vectors + 1, 2 * n_vectors):
+        values = np.linalg.svd(_block.probe((n_vectors, length), 0), compute_uv=False)
+        assert values[-1] > 1e-4 * values[0]
