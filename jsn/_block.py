@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -87,7 +88,8 @@ def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
     vectors, padding = basis.vectors, basis.vectors.shape[-1] - block
     residual = -basis.values[..., :n_residual, None] * vectors[..., :n_residual, :]
     previous = vectors[..., :n_previous, :]
-    previous = previous * jnp.broadcast_to(jnp.arange(previous.shape[-1]) >= n_ritz, previous.shape)
+    outside = (jnp.arange(previous.shape[-1]) >= n_ritz).astype(previous.dtype)
+    previous = previous * jnp.broadcast_to(outside, previous.shape)
     previous = _orthonormal_after(vectors[..., :n_ritz, :], previous)
     rows = jnp.concatenate([vectors[..., :n_ritz, :], residual, previous], axis=-2)
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
@@ -185,7 +187,7 @@ class Stack(NamedTuple):
         return parts
 
     def _join(self, parts: Sequence[Array]) -> Array:
-        dtype = jnp.result_type(*parts)
+        dtype = np.result_type(*[part.dtype for part in parts])
         return jnp.concatenate([part.astype(dtype) for part in parts])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -73,7 +74,7 @@ def _coupling(drop: Sigma) -> Sigma:
 
 
 def _prepared(operator: Matrix, W: Weight) -> tuple[Weight, tuple[int, ...]]:
-    return W.astype(jnp.promote_types(W.dtype, jnp.float32)), operator._axes(W.ndim)[2]
+    return W.astype(np.promote_types(W.dtype, np.float32)), operator._axes(W.ndim)[2]
 
 
 def _eye(gram: Array) -> Array:

@@ -54,7 +54,7 @@ def _flat(stack: Stack, bounds: Sequence[Any], dtype: Any) -> Array:
 
 def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
     W, operator = leaf.value, leaf.operator
-    dtype = jnp.promote_types(W.dtype, jnp.float32)
+    dtype = np.promote_types(W.dtype, np.float32)
     factor = factor.astype(dtype)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)

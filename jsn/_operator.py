@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -32,7 +33,7 @@ def contract(
     On a mesh with explicit axes the result lives where its axes lived before, and where the
     operands disagree about a common axis, the smaller one moves.
     """
-    dtype = jnp.result_type(x, y)
+    dtype = np.promote_types(x.dtype, y.dtype)  # also where JAX promotes nothing by itself
     x, y, out = _placed(x, y, contracting, batch)
     return lax.dot_general(
         x.astype(dtype),

@@ -170,7 +170,7 @@ def read(weight: Tracked) -> First:
     peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
     info = jnp.finfo(peak.dtype)
     scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
-    scale = _safe(jnp.maximum(scale, info.tiny) * (peak > 0))
+    scale = _safe(jnp.where(peak > 0, jnp.maximum(scale, info.tiny), 0))
     v = v * _over(1 / scale, v)
     return First(scale, v, _gram(v, n_batch))
 

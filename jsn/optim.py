@@ -357,7 +357,7 @@ def _moved(call: str, updates: PyTree, params: PyTree) -> PyTree:
     def move(p: Any, u: Any) -> Any:
         if p is None or u is None:
             return p
-        dtype = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
+        dtype = np.result_type(p.dtype, u.dtype, np.float32)
         return p.astype(dtype) + u.astype(dtype)
 
     return jax.tree.map(move, params, updates, is_leaf=_is_none)
@@ -369,7 +369,7 @@ def _landing(updates: PyTree, params: PyTree, moved: PyTree, landed: PyTree) -> 
     def update(u: Any, p: Any, m: Any, x: Any) -> Any:
         if u is None or p is None or m is x:
             return u
-        return jnp.where(x == m, u, x - p).astype(jnp.promote_types(u.dtype, p.dtype))
+        return jnp.where(x == m, u, x - p).astype(np.promote_types(u.dtype, p.dtype))
 
     return jax.tree.map(update, updates, params, moved, landed, is_leaf=_is_none)
 
