@@ -10,8 +10,10 @@ NEWEST_PYTHON ?= $(shell scripts/find_python.sh 3.12 2>/dev/null)
 ARGS ?=
 PYTEST_ARGS ?=
 GALLERY ?= cascade stable_transformer
-# What also runs in 64-bit JAX, and what is left to `make nightly`.
-CORE_TESTS ?= tests/test_power.py tests/test_normalize.py
+# What `make test` also runs in 64-bit JAX and on the newest JAX, and what it leaves to nightly.
+X64_TESTS ?= $(addprefix tests/test_,power.py normalize.py)
+NEWEST_TESTS ?= $(addprefix tests/test_,contract.py power.py plan.py constrain.py linen.py \
+  peers_flax_linen.py nnx.py serialization.py sharding.py)
 FAST ?= -m 'not slow'
 
 VENV := .venv
@@ -48,18 +50,17 @@ define pytest
 	  --durations=15 $(2) $(PYTEST_ARGS)
 endef
 
-# Not yet part of `test`: `make x64` and `make newest`; they join it once seen to pass.
-test: suite  ## the suite: all but the slow tests
+test: suite x64 newest  ## all but the slow tests, and the core again: 64-bit, newest JAX
 
 suite: $(VENV)/.has-test  ## all but the slow tests
 	$(call pytest,$(VENV),$(FAST))
 
 x64: $(VENV)/.has-test  ## the core tests in 64-bit JAX
-	$(call pytest,JAX_ENABLE_X64=1 $(VENV),$(CORE_TESTS))
+	$(call pytest,JAX_ENABLE_X64=1 $(VENV),$(FAST) $(X64_TESTS))
 
 ifneq ($(strip $(NEWEST_PYTHON)),)
-newest: .venv-newest/.has-test  ## all but the slow tests on the newest JAX
-	$(call pytest,.venv-newest,$(FAST))
+newest: .venv-newest/.has-test  ## the core tests on the newest JAX
+	$(call pytest,.venv-newest,$(FAST) $(NEWEST_TESTS))
 else
 newest:
 	@echo 'no Python >= 3.12 found: newest JAX not tested here'
@@ -69,7 +70,8 @@ oldest: .venv-oldest/.has-test  ## all but the slow tests on the oldest supporte
 	$(call pytest,.venv-oldest,$(FAST))
 
 nightly:  ## all tests, the slow ones too, on every supported version
-	$(MAKE) --no-print-directory suite x64 oldest newest FAST=
+	XLA_FLAGS=--xla_backend_optimization_level=3 \
+	  $(MAKE) --no-print-directory suite x64 oldest newest FAST= NEWEST_TESTS=
 
 demo: $(VENV)/.has-demo  ## train a small GAN with and without jsn, and compare
 	$(BIN)/python examples/demo.py $(ARGS)
