@@ -90,8 +90,8 @@ def train_classifier(digits: Digits, seed: int, steps: int = 400, batch_size: in
 class Judge:
     """A trained classifier that compares pictures with the real digits it was trained on."""
 
-    def __init__(self, train: Digits, seed: int) -> None:
-        self._params = train_classifier(train, seed)
+    def __init__(self, train: Digits, seed: int, steps: int = 400) -> None:
+        self._params = train_classifier(train, seed, steps)
         self._classify = jax.jit(lambda params, x: Classifier().apply({"params": params}, x))
         self._real = moments(self._read(train.images)[1])
 

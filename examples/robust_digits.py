@@ -1,19 +1,20 @@
 """Certified robustness on real digits: what is proven, beside what an attack achieves.
 
-Two classifiers of one architecture, with and without `jsn.linen.spectral_norm`. For each: the
-share of held-out digits that are right and provably stay so when every picture is moved by up to
-a radius (`jsn.certified_accuracy`), and the share that survives projected gradient descent. The
-first can never exceed the second; the script asserts it.
+    python examples/robust_digits.py [--smoke]
 
-    python examples/robust_digits.py [--out docs/img/robust_digits.png]
+A classifier with Lipschitz constant L cannot change its mind within margin / (sqrt(2) L) of a
+picture. Four classifiers of one size: plain, with weight decay, with jsn, and with jsn and an
+activation that shrinks nothing. For each radius: the share of held-out digits that are right and
+provably stay so however they are moved within it, and the share that survives projected gradient
+descent. The first can never exceed the second; the script asserts it.
 
 References:
     Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks,
     https://arxiv.org/abs/1706.06083. Anil et al. 2019, Sorting out Lipschitz Function
-    Approximation, https://arxiv.org/abs/1811.05381 (the activation).
+    Approximation, https://arxiv.org/abs/1811.05381 (GroupSort).
 """
 
-import argparse
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,164 +22,206 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _gallery import BLUE, GREEN, ORANGE, SKY, lines, main, spread
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jsn
+from benchmarks._report import table
 
 RADII = np.linspace(0, 1.2, 13)
-SHOWN = RADII[::3]
+SHOWN = (1, 3, 6, 9)
 
 
-def max_min(x: jax.Array) -> jax.Array:
+# --8<-- [start:model]
+def group_sort(x: jax.Array) -> jax.Array:
     """Sorts pairs: like relu it bends, unlike relu it stretches and shrinks nothing."""
     return jnp.sort(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
 
 
 class Classifier(nn.Module):
+    activation: Any = nn.relu
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = max_min(nn.Dense(128)(x))
-        x = max_min(nn.Dense(128)(x))
+        x = self.activation(nn.Dense(128)(x))
+        x = self.activation(nn.Dense(128)(x))
         return nn.Dense(10)(x)
 
 
-class Result(NamedTuple):
-    name: str
-    accuracy: float
-    bound: float
-    certified: np.ndarray
-    attacked: np.ndarray
+class Kind(NamedTuple):
+    """A network, and how it is trained: `scale` multiplies the logits in the loss."""
+
+    model: nn.Module
+    weight_decay: float = 0.0
+    scale: float = 1.0
 
 
-def load(seed: int) -> tuple[np.ndarray, ...]:
-    """Pictures as vectors of 64 pixels between 0 and 1."""
+Normalized = jsn.linen.spectral_norm(Classifier)
+KINDS = {
+    "plain": Kind(Classifier()),
+    "weight decay": Kind(Classifier(), weight_decay=3.0),
+    "jsn": Kind(Normalized(), scale=6.0),  # a network of norm 1 has small logits
+    "jsn, GroupSort": Kind(Normalized(group_sort), scale=6.0),
+}
+# --8<-- [end:model]
+
+
+def load(seed: int) -> tuple[Any, ...]:
+    """Pictures as vectors of 64 pixels between 0 and 1; each seed holds out others."""
     digits = load_digits()
-    return train_test_split(
-        (digits.data / 16).astype(np.float32),
-        digits.target.astype(np.int32),
-        test_size=0.25,
-        random_state=seed,
-        stratify=digits.target,
-    )
+    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    return train_test_split(images, labels, test_size=0.25, random_state=seed, stratify=labels)
 
 
-def train(model: Any, x: np.ndarray, y: np.ndarray, seed: int, steps: int, scale: float) -> Any:
-    """Trains by cross entropy of the scaled logits: a network of norm 1 has small ones."""
-    key, init_key = jax.random.split(jax.random.key(seed))
+@partial(jax.jit, static_argnames=("model", "steps"))
+def train(
+    model: nn.Module, steps: int, kind: Kind, x: jax.Array, y: jax.Array, key: jax.Array
+) -> Any:
+    """Trains by cross entropy; what comes back are the weights as the network uses them."""
+    init_key, data_key = jax.random.split(key)
     variables = model.init(init_key, x[:1])
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    images, labels = jnp.asarray(x), jnp.asarray(y)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(3e-3, steps), weight_decay=kind.weight_decay
+    )
 
     def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
         variables, opt_state = carry
-        rows = jax.random.randint(key, (128,), 0, len(images))
+        rows = jax.random.randint(key, (128,), 0, len(x))
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = model.apply(
-                {**variables, "params": params}, images[rows], mutable=["sn_state"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(scale * logits, labels[rows])
-            return losses.mean(), updates
+            now = {**variables, "params": params}
+            logits, new = model.apply(now, x[rows], mutable=["sn_state"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(kind.scale * logits, y[rows])
+            return losses.mean(), new
 
         grads, new = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         return ({**variables, **new, "params": params}, opt_state), None
 
     start = (variables, optimizer.init(variables["params"]))
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
-    return run(start, jax.random.split(key, steps))[0][0]
+    variables, _ = jax.lax.scan(step, start, jax.random.split(data_key, steps))[0]
+    if "sn_state" in variables:
+        return jsn.fold(variables["params"], variables["sn_state"])
+    return variables["params"]
 
 
-def logits_of(params: Any, x: jax.Array) -> jax.Array:
-    return Classifier().apply({"params": params}, x)
-
-
-@jax.jit
-def attack(params: Any, x: jax.Array, y: jax.Array, radius: jax.Array, key: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="model")
+def attack(
+    model: nn.Module, params: Any, x: jax.Array, y: jax.Array, radius: jax.Array, key: jax.Array
+) -> jax.Array:
     """Which pictures keep their label under one run of projected gradient descent in l2."""
-
-    def project(d: jax.Array) -> jax.Array:
-        norm = jnp.linalg.norm(d, axis=-1, keepdims=True)
-        return d * jnp.minimum(1, radius / jnp.maximum(norm, 1e-12))
+    unit = lambda d: d / jnp.maximum(jnp.linalg.norm(d, axis=-1, keepdims=True), 1e-12)
 
     def lead(d: jax.Array) -> jax.Array:
-        logits = logits_of(params, x + d)
+        logits = model.apply({"params": params}, x + d)
         right = jnp.take_along_axis(logits, y[:, None], axis=-1)
-        others = jnp.where(jax.nn.one_hot(y, 10, dtype=bool), -jnp.inf, logits)
+        others = jnp.where(jax.nn.one_hot(y, logits.shape[-1], dtype=bool), -jnp.inf, logits)
         return right[:, 0] - others.max(axis=-1)
 
     def step(d: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        slope = jax.grad(lambda d: lead(d).sum())(d)
-        slope /= jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-12)
-        d = project(d - radius / 8 * slope)
+        d -= radius / 8 * unit(jax.grad(lambda d: lead(d).sum())(d))
+        norm = jnp.linalg.norm(d, axis=-1, keepdims=True)
+        d *= jnp.minimum(1, radius / jnp.maximum(norm, 1e-12))
         return d, lead(d) > 0
 
-    noise = jax.random.normal(key, x.shape)
-    start = project(radius * noise / jnp.linalg.norm(noise, axis=-1, keepdims=True))
+    start = radius * unit(jax.random.normal(key, x.shape))
     _, stays = jax.lax.scan(step, start, length=40)
     return stays.all(axis=0) & (lead(jnp.zeros_like(x)) > 0)
 
 
-def evaluate(name: str, params: Any, x: np.ndarray, y: np.ndarray, restarts: int = 3) -> Result:
-    logits = logits_of(params, x)
-    bound = jsn.lipschitz_bound(lambda x: logits_of(params, x), x[0])
-    certified = jsn.certified_accuracy(logits, y, bound, RADII)
-    keys = jax.random.split(jax.random.key(1), restarts)
+def evaluate(kind: Kind, params: Any, x: Any, y: Any, radii: Any, restarts: int) -> dict[str, Any]:
+    model = Classifier(kind.model.activation)
+    logits_of = lambda x: model.apply({"params": params}, x)
+    logits = logits_of(x)
+    bound = jsn.lipschitz_bound(logits_of, x[0])
     attacked = []
-    for radius in RADII:
-        runs = [attack(params, x, y, jnp.float32(radius), key) for key in keys]
+    for radius in radii:
+        keys = jax.random.split(jax.random.key(1), restarts)
+        runs = [attack(model, params, x, y, jnp.float32(radius), key) for key in keys]
         attacked.append(np.all(runs, axis=0).mean())
-    assert (certified <= np.asarray(attacked)).all(), "an attack has beaten a proof"
-    accuracy = float((np.argmax(logits, axis=-1) == y).mean())
-    return Result(name, accuracy, bound, certified, np.asarray(attacked))
+    return {
+        "bound": bound,
+        "accuracy": np.mean(np.argmax(logits, axis=-1) == y),
+        "certified": jsn.certified_accuracy(logits, y, bound, radii),
+        "attacked": attacked,
+    }
 
 
-def draw(results: list[Result], path: str) -> None:
-    from matplotlib.figure import Figure
+def measure(smoke: bool, progress: Any) -> dict[str, Any]:
+    names = ["jsn, GroupSort"] if smoke else list(KINDS)
+    seeds, steps, restarts = ([0], 200, 1) if smoke else (list(range(5)), 1500, 2)
+    radii = RADII[list(SHOWN)] if smoke else RADII
+    rows = []
+    task = progress.add_task("classifiers", total=len(names) * len(seeds))
+    for name in names:
+        kind, found = KINDS[name], []
+        for seed in seeds:
+            train_x, test_x, train_y, test_y = load(seed)
+            numbers = kind._replace(model=None)
+            params = train(kind.model, steps, numbers, train_x, train_y, jax.random.key(seed))
+            found.append(evaluate(kind, params, test_x, test_y, radii, restarts))
+            progress.advance(task)
+        rows.append({"model": name, **{key: [f[key] for f in found] for key in found[0]}})
+    return {"seeds": seeds, "steps": steps, "radii": radii, "rows": rows}
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for result, color in zip(results, ("C0", "C3"), strict=True):
-        proven = f"{result.name}: proven, Lipschitz bound {result.bound:.3g}"
-        axes.fill_between(RADII, result.certified, result.attacked, color=color, alpha=0.12, lw=0)
-        axes.plot(RADII, result.certified, color=color, label=proven)
-        under_attack = f"{result.name}: under attack (PGD)"
-        axes.plot(RADII, result.attacked, "--", color=color, label=under_attack)
-    axes.set(xlabel="l2 radius (pixels from 0 to 1)", ylabel="accuracy", xlim=(0, RADII[-1]))
-    axes.set(ylim=(0, 1.02), title="Digits that stay right when pictures move")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=120)
+
+def check(result: dict[str, Any]) -> None:
+    rows = {row["model"]: {k: np.array(v) for k, v in row.items()} for row in result["rows"]}
+    for name, row in rows.items():
+        assert (row["certified"] <= row["attacked"]).all(), f"{name}: an attack has beaten a proof"
+        assert (row["accuracy"] > 0.9).all(), f"{name}: has not learned the digits"
+        if name.startswith("jsn"):
+            assert np.allclose(row["bound"], 1, atol=0.01), f"{name}: bound {row['bound']}, not 1"
+    third = result["radii"].index(0.3)
+    best = rows["jsn, GroupSort"]["certified"][:, third]
+    assert (best > 0.5).all(), "jsn, GroupSort: hardly anything is proven"
+    for name in ("plain", "weight decay"):
+        if name in rows:
+            assert best.min() > rows[name]["certified"][:, third].max(), f"{name}: proves as much"
 
 
-def main(argv: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="draw a picture")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    train_x, test_x, train_y, test_y = load(options.seed)
-    fit = lambda model, scale: train(model, train_x, train_y, options.seed, options.steps, scale)
-    plain = fit(Classifier(), 1.0)
-    normalized = fit(jsn.linen.spectral_norm(Classifier)(), 6.0)
-    folded = jsn.fold(normalized["params"], normalized["sn_state"])
-    results = [
-        evaluate("with jsn", folded, test_x, test_y),
-        evaluate("without", plain["params"], test_x, test_y),
-    ]
-    print(f"{'':10}{'bound':>10}{'accuracy':>10}   proven / under attack, at radius")
-    print(" " * 33 + "".join(f"{radius:>13.1f}" for radius in SHOWN))
-    for r in results:
-        at = "".join(
-            f"{c:>7.3f}/{a:.3f}" for c, a in zip(r.certified[::3], r.attacked[::3], strict=True)
-        )
-        print(f"{r.name:10}{r.bound:>10.4g}{r.accuracy:>10.3f}   {at}")
-    if options.out:
-        draw(results, options.out)
-    return results
+def at(result: dict[str, Any], row: dict[str, Any], what: str, radius: float) -> str:
+    return spread(np.array(row[what])[:, result["radii"].index(radius)], ".1f", 100)
+
+
+def parts(result: dict[str, Any]) -> dict[str, str]:
+    rows, radii = result["rows"], [round(0.1 * i, 1) for i in SHOWN]
+    proven = "; ".join(f"{row['model']} {at(result, row, 'certified', 0.3)}" for row in rows)
+    grid = lambda what: table(
+        ["%", *[f"radius {radius:g}" for radius in radii]],
+        [[row["model"], *[at(result, row, what, radius) for radius in radii]] for row in rows],
+    )
+    return {
+        "headline": f"Percent of held-out digits proven right within a radius of 0.3: {proven}.",
+        "accuracy": table(
+            ["", "accuracy, %", "Lipschitz bound"],
+            [
+                [row["model"], spread(row["accuracy"], ".1f", 100), spread(row["bound"])]
+                for row in rows
+            ],
+        ),
+        "certified": grid("certified"),
+        "attacked": grid("attacked"),
+    }
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    colors = {"plain": ORANGE, "weight decay": GREEN, "jsn": SKY, "jsn, GroupSort": BLUE}
+    for axes, what in zip(
+        figure.subplots(1, 2, sharey=True), ("certified", "attacked"), strict=True
+    ):
+        for row in result["rows"]:
+            percent = 100 * np.array(row[what])
+            lines(axes, result["radii"], percent, row["model"], color=colors[row["model"]])
+        axes.set(xlabel="l2 radius (pixels from 0 to 1)", ylim=(0, 102), xlim=(0, RADII[-1]))
+        axes.grid(alpha=0.25)
+    left, right = figure.axes
+    left.set(title="Proven: right, and stays so", ylabel="held-out digits, %")
+    right.set(title="Survive this attack (PGD)")
+    right.legend(fontsize=8)
 
 
 if __name__ == "__main__":
-    main()
+    main("robust_digits", __doc__, measure=measure, check=check, parts=parts, draw=draw)
