@@ -227,8 +227,9 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     changes = jnp.where(_over(good, changes), changes, eye)  # leaves a kept block as it is, exactly
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(stack.split(changes, blocks), spans)]
 
+    # In plain subspace iteration fresh is y, but for a probe that float64 would notice.
     images = [
-        gram if weight.is_subspace else _gram_of(weight, second.y)  # fresh is y there
+        gram if weight.is_subspace and second.y.dtype == jnp.float32 else _gram_of(weight, second.y)
         for weight, second, gram in _zip(weights, seconds, grams)
     ]
     y_norm = jnp.sqrt(stack.flat([gram[..., 0, 0] for gram in images]))

@@ -465,7 +465,7 @@ def test_a_folded_model_costs_exactly_what_the_plain_one_does():
         "dense": {"kernel": jnp.asarray(gaussian(16, 4 * 25, 8))},
         "head": {"kernel": jnp.asarray(gaussian(17, 8, 2))},
     }
-    x = jnp.ones((2, 3, 5, 5))
+    x = jnp.ones((2, 3, 5, 5), jnp.float32)
     state = jsn.init(params, warmup=0)
     folded = fold(params, state)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
