@@ -101,12 +101,12 @@ def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
 
 
 @jax.jit  # traced once for each shape
-def usable(u: Block) -> Block:
-    """A stored block, with what is not finite replaced."""
+def usable(u: Block, largest: float = 2.0) -> Block:
+    """A block, with what is not finite or too large replaced: stored rows have length 1."""
     fresh = probe(u.shape, 0)
     if explicit_spec(u) is not None:
         fresh = jax.sharding.reshard(fresh, jax.typeof(u).sharding)
-    return jnp.where(jnp.isfinite(u), u, fresh)
+    return jnp.where(jnp.abs(u) <= largest, u, fresh)  # a NaN is not
 
 
 def full_side(operator: Operator, shape: tuple[int, ...]) -> int:
@@ -419,7 +419,7 @@ def power_iterate(
     batch = operator.batch(W.shape)
     block = jnp.expand_dims(u, len(batch)) if single else u
     raw, block = lax.stop_gradient((W, jnp.asarray(block, jnp.float32)))
-    tracked = [Tracked(operator, raw, usable(block))]
+    tracked = [Tracked(operator, raw, usable(block, float(jnp.finfo(block.dtype).max)))]
     if n_steps:  # a caller's own vectors may have any lengths and angles
         tracked = orthonormal(tracked)
     pairs, (new,) = advance(tracked, n_steps)
