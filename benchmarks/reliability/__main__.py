@@ -85,14 +85,14 @@ def main() -> None:
     """Runs the parts that are asked for; each is stored as soon as it is done."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     options = _parser().parse_args()
-    result = _report.read_json(STORED)
     runs = {"faults": _faults, "fuzz": _fuzz, "kills": _kills, "soak": _soak, "modes": _modes}
     for part in PARTS:
         if options.only is None or part in options.only:
             made = _report.circumstances()
-            result[part] = {"made": made, **runs[part](options)}
-            _report.write_json(STORED, result)
-    parts = _page.parts(result)
+            measured = {"made": made, **runs[part](options)}
+            # Read only now: another process may have stored another part in the meantime.
+            _report.write_json(STORED, _report.read_json(STORED) | {part: measured})
+    parts = _page.parts(_report.read_json(STORED))
     print("\n\n".join(parts.values()))
     page = _report.ROOT / "docs/reliability.md"
     _report.write_parts(page, "reliability", parts, template=page)

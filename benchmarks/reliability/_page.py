@@ -102,12 +102,13 @@ def _soak(result: Result) -> str:
         ]
         for row in quarters
     ]
+    traces = rows[-1]["traces"]
     finite = "all finite" if all(row["finite"] for row in rows) else "NOT all finite"
     head = ["step", "worst layer: norm − 1", "memory, MiB", "live arrays", "traces"]
     return (
-        f"**{result['steps']} steps, {rows[-1]['traces']} trace, {finite}; the worst layer was "
-        f"never more than {furthest:.1e} from the bound**, seen every {result['every']} steps.\n\n"
-        + _report.table(head, table)
+        f"**{result['steps']} steps, {traces} trace{'s' * (traces != 1)}, {finite}; the worst "
+        f"layer was never more than {furthest:.1e} from the bound**, seen every "
+        f"{result['every']} steps.\n\n" + _report.table(head, table)
     )
 
 

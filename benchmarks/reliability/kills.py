@@ -117,7 +117,7 @@ def run(kills: int, tick: Callable[[], None] = lambda: None, seed: int = 0) -> d
             rest, _ = process.communicate()
             resumed += begin is not None and begin >= reached
             starting += begin is None
-            torn += (directory / "new.msgpack").exists()
+            torn += begin is not None and (directory / "new.msgpack").exists()
             reached = max([reached, *map(int, rest.split()[:-1])])
             tick()
         begin, found = _finish(directory, steps)
