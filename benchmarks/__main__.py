@@ -7,12 +7,14 @@ BENCHMARKS = {
     "truth": "how true the norms are during training, for each block size, and at what cost",
     "conv_norms": "how far the norm of a reshaped kernel is from that of its convolution",
     "bounds": "how close proven bounds are, and what they cost beside an SVD",
+    "scaling": "what a step costs on many devices: formulas, beside compiled programs",
+    "accelerator": "what a step costs on whatever device JAX finds; to be run by itself",
 }
 """Modules of this package with a `main(argv)`, in the order in which they run."""
 
 
 def main() -> None:
-    listing = "\n".join(f"  {name:10} {what}" for name, what in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:11} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}",
