@@ -48,10 +48,12 @@ def test_attack_turns_a_linear_classifier_just_beyond_its_margin(classes, share,
 
 
 def test_attack_does_not_start_from_a_wrong_answer(load):
+    rng = np.random.default_rng(0)  # shapes as above: nothing compiles again
+    W, x = rng.standard_normal((20, 10)), rng.standard_normal((60, 20))
+    y = ((x @ W).argmax(axis=1) + 1) % 10
+    params = {"kernel": jnp.asarray(W, jnp.float32), "bias": jnp.zeros(10)}
     attack = load("robust_digits").attack
-    params = {"kernel": jnp.eye(10), "bias": jnp.zeros(10)}
-    x, y = np.eye(10, dtype=np.float32), np.roll(np.arange(10), 1)
-    kept = attack(nn.Dense(10), params, x, y, jnp.float32(1e-3), jax.random.key(0))
+    kept = attack(nn.Dense(10), params, x, y, np.full((60, 1), 1e-3), jax.random.key(0))
     assert not kept.any()
 
 
