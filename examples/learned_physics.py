@@ -217,17 +217,19 @@ def parts(result: dict[str, Any]) -> dict[str, str]:
 def draw(result: dict[str, Any], figure: Any) -> None:
     panels = figure.subplots(1, 3)
     kept = result["kept"]
-    for axes, (equation, what) in zip(
-        panels,
-        [("diffusion", "grown"), ("diffusion", "error"), ("diffusion and growth", "error")],
-        strict=True,
-    ):
+    shown = [
+        ("diffusion", "grown", "diffusion: size"),
+        ("diffusion", "error", "diffusion: error"),
+        ("diffusion and growth", "error", "diffusion and growth: error"),
+    ]
+    for axes, (equation, what, title) in zip(panels, shown, strict=True):
         for row in result["rows"]:
             if row["equation"] == equation:
                 lines(axes, kept, row[what], row["model"], color=COLORS[row["model"]])
                 if what == "error":
                     axes.plot(kept, row["zero"], color=GREY, lw=0.8, ls=":")
-        axes.set(xscale="log", yscale="log", xlabel="step", title=f"{equation}: {what}")
+        axes.set(xscale="log", yscale="log", xlabel="step")
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
     panels[0].set(ylim=(0.05, 1e4), ylabel="largest |state|, 1 at the start")
     panels[0].axhline(1, color=GREY, lw=0.8)
