@@ -3,6 +3,7 @@
 In: finished runs. Out: text on the terminal and PNG files. Must not know how they were trained.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from math import nan, prod
 from pathlib import Path
@@ -71,6 +72,9 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+Sections = list[list[list[str]]]
+
+
 def summary(plain: Run, jsn: Run, real: Scores) -> Table:
     """The numbers of both runs; in each score the better run is bold, whichever it is."""
     table = Table(
@@ -79,45 +83,90 @@ def summary(plain: Run, jsn: Run, real: Scores) -> Table:
         caption="One run each, and a GAN never settles: training.png shows the whole way.",
         caption_justify="left",
     )
-    table.add_column("")
-    for header in ("plain critic", "with jsn", "real digits"):
-        table.add_column(header, justify="right")
-    runs = (plain, jsn)
-    for layer in plain.last.norms:
-        norms = [run.last.norms[layer] for run in runs]
-        table.add_row(f"true norm of {layer}", *_cells(norms, "{:.4f}"))
-    products = [prod(run.last.norms.values()) for run in runs]
-    table.add_row("product of the true norms", *_cells(products, "{:.4g}"))
-    table.add_section()
-    distances = [run.last.scores.frechet for run in runs]
-    cells = _cells(distances, "{:.1f}", best=min(distances))
-    table.add_row("Fréchet distance, lower is better", *cells, f"{real.frechet:.1f}")
-    shares = [run.last.scores.accuracy for run in runs]
-    cells = _cells(shares, "{:.1%}", best=max(shares))
-    table.add_row("read as the digit asked for", *cells, f"{real.accuracy:.1%}")
-    table.add_section()
-    table.add_row("seconds of training", *_cells([run.seconds for run in runs], "{:.0f}"))
+    for header in COLUMNS:
+        table.add_column(header, justify="right" if header else "left")
+    for section in sections(plain, jsn, real, bold="[bold]{}[/bold]"):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
-def _cells(values: Sequence[float], form: str, best: float | None = None) -> list[str]:
+COLUMNS = ("", "plain critic", "with jsn", "real digits")
+
+
+def sections(plain: Run, jsn: Run, real: Scores, bold: str) -> Sections:
+    """The rows of the summary: norms, scores, time. `bold` marks the better score."""
+    runs = (plain, jsn)
+    norms = [
+        [f"true norm of {layer}", *_cells([run.last.norms[layer] for run in runs], "{:.4f}"), ""]
+        for layer in plain.last.norms
+    ]
+    products = [prod(run.last.norms.values()) for run in runs]
+    distances = [run.last.scores.frechet for run in runs]
+    shares = [run.last.scores.accuracy for run in runs]
+    return [
+        [*norms, ["product of the true norms", *_cells(products, "{:.4g}"), ""]],
+        [
+            [
+                "Fréchet distance, lower is better",
+                *_cells(distances, "{:.1f}", min(distances), bold),
+                f"{real.frechet:.1f}",
+            ],
+            [
+                "read as the digit asked for",
+                *_cells(shares, "{:.1%}", max(shares), bold),
+                f"{real.accuracy:.1%}",
+            ],
+        ],
+        [["seconds of training", *_cells([run.seconds for run in runs], "{:.0f}"), ""]],
+    ]
+
+
+def _cells(
+    values: Sequence[float], form: str, best: float | None = None, bold: str = "{}"
+) -> list[str]:
     texts = [form.format(value) for value in values]
     return [
-        f"[bold]{text}[/bold]" if value == best else text
+        bold.format(text) if value == best else text
         for text, value in zip(texts, values, strict=True)
     ]
+
+
+def publish(root: Path, runs: Sequence[Run], held_out: Digits, real: Scores, settings: Any) -> None:
+    """Renews the stored numbers, the table of the README, and the pictures of the documentation."""
+    sys.path.append(str(root))  # the demo runs as a script, which does not see `benchmarks`
+    from benchmarks import _report
+
+    result = {
+        "made": _report.circumstances(),
+        "settings": settings._asdict(),
+        "real": real._asdict(),
+        "rows": [
+            {"run": run.name, "seconds": round(run.seconds, 1), "norms": run.last.norms}
+            | run.last.scores._asdict()
+            for run in runs
+        ],
+    }
+    _report.write_json(root / "benchmarks/results/demo.json", result)
+    rows = [row for section in sections(*runs, real, bold="**{}**") for row in section]
+    readme = root / "README.md"
+    _report.write_parts(readme, "demo", {"table": _report.table(COLUMNS, rows)}, readme)
+    write_pictures(root / "docs/img", runs, held_out, real, prefix="demo_")
 
 
 # --- Pictures ----------------------------------------------------------------------------------
 
 
-def write_pictures(out: Path, runs: Sequence[Run], held_out: Digits, real: Scores) -> list[Path]:
+def write_pictures(
+    out: Path, runs: Sequence[Run], held_out: Digits, real: Scores, prefix: str = ""
+) -> list[Path]:
     """Writes the pictures into the folder `out`, which is made if need be."""
     out.mkdir(parents=True, exist_ok=True)
     figures = {
-        "samples.png": draw_samples(runs, held_out),
-        "norms.png": draw_norms(runs),
-        "training.png": draw_training(runs, real),
+        f"{prefix}samples.png": draw_samples(runs, held_out),
+        f"{prefix}norms.png": draw_norms(runs),
+        f"{prefix}training.png": draw_training(runs, real),
     }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)

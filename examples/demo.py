@@ -1,7 +1,7 @@
 """Trains the same small GAN twice on real digits: once with a plain critic, once with jsn.
 
     python examples/demo.py [--smoke] [--seed N] [--steps N] [--out DIR] [--save]
-                            [--learning-rate LR]
+                            [--learning-rate LR] [--publish]
 
 Both runs have the same networks, initial weights, batches, noise and settings. The one difference
 is `@jsn.linen.spectral_norm` on the critic. The critic's learning rate is aggressive on purpose;
@@ -26,7 +26,7 @@ try:
     import optax
     from _demo_gan import Generator, Players, Settings, init_players, train_step, true_norms
     from _demo_judge import Digits, Judge, load_split
-    from _demo_report import Checkpoint, Run, progress_bar, summary, write_pictures
+    from _demo_report import Checkpoint, Run, progress_bar, publish, summary, write_pictures
     from rich.console import Console
 
     import jsn
@@ -111,12 +111,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps of each run")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures")
     parser.add_argument("--save", action="store_true", help="save the critics there too")
+    parser.add_argument("--publish", action="store_true", help="renew README and documentation")
     parser.add_argument("--learning-rate", type=float, default=3e-2, help="of the critics")
     arguments = parser.parse_args()
     if arguments.steps is None:
         arguments.steps = SMOKE_STEPS if arguments.smoke else DEFAULT_STEPS
     if arguments.steps < 1:
         parser.error(f"--steps: got {arguments.steps}, expected 1 or more")
+    if arguments.smoke and arguments.publish:
+        parser.error("--smoke trains too little for --publish")
     return arguments
 
 
@@ -149,6 +152,8 @@ def main() -> None:
         console.print(f"wrote {path}")
     for name in trained if arguments.save else ():
         console.print(f"wrote {save_critic(arguments.out, name, trained[name])}")
+    if arguments.publish:
+        publish(Path(__file__).resolve().parents[1], runs, held_out, real, settings)
     if arguments.smoke:
         check_smoke(*runs)
 

@@ -1,5 +1,6 @@
 """The README keeps its word: its Python runs, and what it links to is there."""
 
+import json
 import pathlib
 import re
 
@@ -38,3 +39,13 @@ def test_the_pyproject_floors_are_those_of_the_readme():
     assert f'requires-python = ">={python}"' in pyproject
     assert f'"jax>={jax_floor}' in pyproject
     assert f'"flax>={flax_floor}' in pyproject
+
+
+def test_the_table_of_the_demo_is_that_of_the_stored_run():
+    result = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    plain, with_jsn = result["rows"]
+    for layer, norm in plain["norms"].items():
+        assert f"| true norm of {layer} | {norm:.4f} | {with_jsn['norms'][layer]:.4f} |" in TEXT
+    for run, other in ((plain, with_jsn), (with_jsn, plain)):
+        best = "**" if run["frechet"] < other["frechet"] else ""
+        assert f"| {best}{run['frechet']:.1f}{best} |" in TEXT
