@@ -5,6 +5,7 @@ import importlib
 
 BENCHMARKS = {
     "truth": "how true the norms are during training, for each block size, and at what cost",
+    "precision": "how precise sigma is: on weights at rest, on moving ones, in low precision",
     "conv_norms": "how far the norm of a reshaped kernel is from that of its convolution",
     "bounds": "how close proven bounds are, and what they cost beside an SVD",
     "scaling": "what a step costs on many devices: formulas, beside compiled programs",
