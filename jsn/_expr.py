@@ -107,6 +107,22 @@ class Pool:
 
         return one(node)
 
+    def split(self, node: Expr) -> tuple[Expr, Expr] | None:
+        """Functions g and p with `node = g(p)`, where p is straight but varies with the element.
+
+        In `gelu(x + b)` each element meets its own b, the same wherever x + b is used. Enclosed as
+        a whole, the uses would meet any b, each a different one.
+
+        Returns:
+            g and the largest such p; None without one.
+        """
+        parts = [part for part in walk(node) if part is not node and _straight_but_varies(part)]
+        for part in sorted(parts, key=lambda part: -part.depth):
+            outer = self.replaced(node, part)
+            if outer is not None:
+                return outer, part
+        return None
+
     # --- simpler forms ----------------------------------------------------------------------------
 
     def _sub(self, x: Expr, y: Expr) -> Expr:
@@ -222,6 +238,18 @@ def walk(node: Expr) -> Iterator[Expr]:
             seen.add(id(node))
             yield node
             stack += node.args
+
+
+def _straight_but_varies(node: Expr) -> bool:
+    """Whether a part is the variable, times and plus constants, of which some vary."""
+    varies = False
+    while node.op != "leaf":
+        inner = [arg for arg in node.args if arg.depends]
+        if node.op not in ("add", "mul", "neg") or len(inner) != 1:
+            return False
+        varies = varies or any(arg.op == "const" and arg.value is None for arg in node.args)
+        node = inner[0]
+    return varies
 
 
 def affine(node: Expr) -> tuple[Fraction, Fraction] | None:

@@ -190,8 +190,16 @@ class Bounds:
         """A bound of the slope of an element-wise function of an array."""
         key = (id(expr), of.low, of.high)
         if key not in self._slopes:
-            self._slopes[key] = largest_slope(expr, of.low, of.high)
+            self._slopes[key] = self._find_slope(expr, of.low, of.high)
         return self._slopes[key]
+
+    def _find_slope(self, expr: Expr, low: float, high: float) -> float:
+        parts = self.pool.split(expr)
+        if parts is None:
+            return largest_slope(expr, low, high)
+        outer, inner = parts  # the chain rule
+        steepest = largest_slope(outer, *range_of(inner, low, high))
+        return times(steepest, largest_slope(inner, low, high))
 
     def known(self, value: Value) -> Known:
         """What is known of a value.

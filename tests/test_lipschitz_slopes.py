@@ -258,3 +258,19 @@ def test_constants_are_combined_without_rounding_down():
     assert _upward.times(0.0, math.inf) == 0
     assert _upward.plus(1.0, math.inf) == _upward.norm([(math.inf, 1)]) == math.inf
     assert _upward.times(1e200, 1e200) == math.inf
+
+
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.swish, jnp.tanh])
+def test_a_bias_does_not_change_how_steep_an_activation_is(activation):
+    bias, x = jnp.linspace(-5, 5, 8), jnp.ones(8)
+    plain = float(jsn.lipschitz_bound(activation, x))
+    shifted = float(jsn.lipschitz_bound(lambda x: activation(x + bias), x))
+    assert shifted == pytest.approx(plain, rel=1e-6)
+
+
+def test_factors_that_vary_count_by_their_largest():
+    factor, x = jnp.linspace(0.5, 3, 8), jnp.ones(8)
+    bound = float(jsn.lipschitz_bound(lambda x: jax.nn.gelu(factor * x - 1), x))
+    t = jnp.linspace(-9, 9, 20001)
+    steepest = jnp.abs(jax.vmap(jax.grad(jax.nn.gelu))(t)).max()
+    assert 3 * steepest <= bound <= 3 * steepest * (1 + 1e-4)
