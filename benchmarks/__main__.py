@@ -5,6 +5,8 @@ import importlib
 
 BENCHMARKS = {
     "truth": "how true the norms are during training, for each block size, and at what cost",
+    "speed": "what normalizing costs, beside every other implementation, and how it grows",
+    "one_read": "whether reading a large weight once, a few rows at a time, beats reading it twice",
     "precision": "how precise sigma is: on weights at rest, on moving ones, in low precision",
     "conv_norms": "how far the norm of a reshaped kernel is from that of its convolution",
     "bounds": "how close proven bounds are, and what they cost beside an SVD",
