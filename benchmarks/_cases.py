@@ -83,10 +83,10 @@ SMOKE_CASES = {
 def trajectory(case: Case, steps: int, seed: int = 0) -> Iterator[Weights]:
     """Raw weights at the start, and after each step of something like training.
 
-    Each weight begins as a Gaussian matrix with ten strong directions, a few per cent apart. Every
-    step moves each of them by up to 2.5 per cent of the norm, in turns: every second step another
-    direction becomes the largest, which is what normalization brings about while it trains. Two
-    fresh random directions a step stand for the noise of a batch.
+    Each weight begins as a Gaussian matrix of norm 1/2, plus ten strong directions of size 1, equal
+    within a few per cent. Every step moves each of them by up to 2.5 per cent, in turns: one takes
+    over from the other, which is what normalization brings about while it trains. Two fresh
+    random directions a step stand for the noise of a batch.
 
     The arrays are overwritten by the next step.
     """
@@ -95,11 +95,12 @@ def trajectory(case: Case, steps: int, seed: int = 0) -> Iterator[Weights]:
     for index, shape in enumerate(case.shapes):
         name = f"layer_{index:04d}"
         batch, rows = _split(case, shape)
-        scale = 1 / (math.sqrt(rows) + math.sqrt(shape[-1]))  # a Gaussian matrix of norm 1
+        scale = 0.5 / (math.sqrt(rows) + math.sqrt(shape[-1]))  # a Gaussian matrix of norm 1/2
         flat = rng.standard_normal((batch, rows, shape[-1]), np.float32) * np.float32(scale)
         rank = min(DIRECTIONS, rows, shape[-1])
         left, right = (_directions(rng, batch, n, rank) for n in (rows, shape[-1]))
-        sizes = rng.uniform(0.9, 1.1, rank).astype(np.float32)
+        left, right = np.linalg.qr(left)[0], np.linalg.qr(right)[0]
+        sizes = rng.uniform(0.98, 1.02, rank).astype(np.float32)
         flat += (left * sizes) @ right.swapaxes(1, 2)
         weights[name], moves[name] = flat.reshape(shape), (flat, left, right)
     yield weights
