@@ -70,8 +70,7 @@ oldest: .venv-oldest/.has-test  ## all but the slow tests on the oldest supporte
 	$(call pytest,.venv-oldest,$(FAST))
 
 nightly:  ## all tests, the slow ones too, on every supported version
-	XLA_FLAGS=--xla_backend_optimization_level=3 \
-	  $(MAKE) --no-print-directory suite x64 oldest newest FAST= NEWEST_TESTS=
+	$(MAKE) --no-print-directory suite x64 oldest newest FAST= NEWEST_TESTS=
 
 demo: $(VENV)/.has-demo  ## train a small GAN with and without jsn, and compare
 	$(BIN)/python examples/demo.py $(ARGS)
