@@ -12,8 +12,7 @@ PYTEST_ARGS ?=
 GALLERY ?= cascade stable_transformer uncertainty learned_physics residual_flow robust_digits long_memory
 # What `make test` also runs in 64-bit JAX and on the newest JAX, and what it leaves to nightly.
 X64_TESTS ?= $(addprefix tests/test_,power.py normalize.py)
-NEWEST_TESTS ?= $(addprefix tests/test_,contract.py power.py plan.py constrain.py linen.py \
-  peers_flax_linen.py nnx.py serialization.py sharding.py)
+NEWEST_TESTS ?= $(addprefix tests/test_,contract.py plan.py linen.py linen_operators.py)
 FAST ?= -m 'not slow'
 
 VENV := .venv

@@ -34,6 +34,14 @@ _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
 _CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
+def _operands_of_scan(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many it carries on."""
+    if "ft_in" in params:  # since JAX 0.12: a tree of constants, carry and inputs
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
+
+
 class Uses:
     """How the parameters of a program enter its products."""
 
@@ -100,8 +108,8 @@ class Uses:
         inner = next((params[key] for key in ("jaxpr", "call_jaxpr") if key in params), None)
         jaxpr: Jaxpr = getattr(inner, "jaxpr", inner)  # type: ignore
         if scan:
-            first = params["num_consts"] + params["num_carry"]
-            carry = range(params["num_consts"], first)
+            n_consts, n_carry = _operands_of_scan(params)
+            first, carry = n_consts + n_carry, range(n_consts, n_consts + n_carry)
             from_data = [one or (i in carry and any(from_data)) for i, one in enumerate(from_data)]
             images = [_slice(x) if i >= first else x for i, x in enumerate(images)]
         env = {v: x for v, x in zip(jaxpr.invars, images, strict=True) if x is not None}

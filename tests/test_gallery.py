@@ -29,7 +29,12 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = ("gan_stability", "long_memory", "residual_flow", "robust_digits")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in NAMES]
+)
 def test_smoke_asserts_the_claim_and_draws(name, tmp_path):
     command = [sys.executable, f"examples/{name}.py", "--smoke", "--out", str(tmp_path)]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}

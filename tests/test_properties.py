@@ -228,6 +228,7 @@ def test_jit_changes_nothing(params):
     assert_close(jsn.normalize(few, state)[0], normalize(few, state)[0])
 
 
+@pytest.mark.slow
 @holds(4, st.tuples(trees(), trees(), trees()))
 def test_vmap_is_a_loop(members):
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
