@@ -14,6 +14,8 @@ import jsn
 from benchmarks.reliability import _page, faults, fuzz, kills, soak
 from benchmarks.reliability.faults import FAULTS, Fault
 
+pytestmark = pytest.mark.slow  # minutes in all; what they promise is also tested in the small
+
 HARMLESS = {
     "a NaN in one gradient",
     "an infinity in one gradient",

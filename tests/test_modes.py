@@ -15,6 +15,8 @@ from matrices import gaussian, true_norm
 
 import jsn
 
+pytestmark = pytest.mark.slow  # minutes in all; what they promise is also tested in the small
+
 MODES = {
     "default": contextlib.nullcontext,
     "rank promotion raises": lambda: jax.numpy_rank_promotion("raise"),

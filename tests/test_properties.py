@@ -20,6 +20,8 @@ from matrices import assert_converged, true_norm, with_spectrum
 import jsn
 from jsn import Conv, Matrix
 
+pytestmark = pytest.mark.slow  # minutes in all; what they promise is also tested in the small
+
 BLOCK = 6
 # Ranks 2 to 4, several input axes, outputs in the middle, a stack, a convolution, bfloat16.
 SHAPES = {
