@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jsn._block import identity
 from jsn._operator import Matrix, contract
 from jsn._types import Sigma, Weight
 
@@ -37,7 +38,8 @@ def clip(operator: Matrix, W: Weight, bound: Any) -> Weight:
         s = jnp.sqrt(jnp.maximum(values, 0))
         cap = bound[..., None]
         excess = jnp.where(s > cap, 1 - cap / jnp.where(s > cap, s, 1), values * 0)
-        return _eye(gram) - _times(vectors * excess[..., None, :], jnp.swapaxes(vectors, -1, -2))
+        removed = _times(vectors * excess[..., None, :], jnp.swapaxes(vectors, -1, -2))
+        return identity(gram) - removed
 
     factor_on = W32 / operator.spread(scale, W.shape)
     return (_on_smaller_side(operator, factor_on, factor) * operator.spread(scale, W.shape)).astype(
@@ -56,8 +58,8 @@ def soft_clip(operator: Matrix, W: Weight, bound: Any, reach: Any) -> Weight:
     t = _coupling(1 - bound / reach)[..., None, None]
 
     def factor(gram: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-        first = _eye(gram) - t * gram
-        return _times(first, _eye(gram) + t * _times(_times(first, gram), first))
+        first = identity(gram) - t * gram
+        return _times(first, identity(gram) + t * _times(_times(first, gram), first))
 
     spread = operator.spread(reach, W.shape)
     return (_on_smaller_side(operator, W32 / spread, factor) * spread).astype(W.dtype)
@@ -75,10 +77,6 @@ def _coupling(drop: Sigma) -> Sigma:
 
 def _prepared(operator: Matrix, W: Weight) -> tuple[Weight, tuple[int, ...]]:
     return W.astype(np.promote_types(W.dtype, np.float32)), operator._axes(W.ndim)[2]
-
-
-def _eye(gram: Array) -> Array:
-    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 def _times(x: Array, y: Array) -> Array:

@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jsn import _errors
-from jsn._block import NOISE, Stack, lobpcg, orthonormalizer, probe, ritz, thirds
+from jsn._block import NOISE, Stack, identity, lobpcg, orthonormalizer, probe, ritz, thirds
 from jsn._operator import Matrix, contract, explicit_spec, size
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
@@ -223,8 +223,8 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     ]
     spans = _each(span, weights, seconds, fresh, stack.split(good, blocks))
     changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, spans), fill=1))
-    eye = jnp.broadcast_to(jnp.eye(changes.shape[-1], dtype=changes.dtype), changes.shape)
-    changes = jnp.where(_over(good, changes), changes, eye)  # leaves a kept block as it is, exactly
+    # The identity leaves a block that is kept as it is, exactly.
+    changes = jnp.where(_over(good, changes), changes, identity(changes))
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(stack.split(changes, blocks), spans)]
 
     # In plain subspace iteration fresh is y, but for a probe that float64 would notice.
