@@ -38,7 +38,7 @@ def circumstances() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "jsn": _commit(),
-        "environment": ONE_THREAD,
+        "environment": {name: os.environ[name] for name in ONE_THREAD if name in os.environ},
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},

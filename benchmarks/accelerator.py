@@ -109,7 +109,6 @@ def main(argv: list[str]) -> None:
 
     device = jax.devices()[0]
     made = _report.circumstances() | {
-        "environment": "as found",
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),

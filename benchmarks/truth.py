@@ -227,7 +227,6 @@ def _in_workers(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    os.environ.update(_report.ONE_THREAD)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -262,6 +261,7 @@ def main(argv: list[str]) -> None:
     result = _report.read_json(stored)
     parts = (args.only,) if args.only else ("truth", "cost")
     used = {name: settings[name] for name in ("seeds", "steps", "first", "every", "rounds")}
+    os.environ.update(_report.ONE_THREAD)
     for part in [part for part in parts if part != "page"]:
         made = _report.circumstances()
         rows = run_truth(settings, args.workers) if part == "truth" else run_cost(settings)

@@ -74,7 +74,6 @@ def main(
     else:
         use_one_core()
         made, start = circumstances(), time.perf_counter()
-        del made["environment"]  # that of the benchmarks, which use one core each
         with progress_bar() as progress:
             result = _plain(measure(options.smoke, progress))
         made["seconds"] = round(time.perf_counter() - start, 1)
