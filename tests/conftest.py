@@ -1,6 +1,8 @@
 """How every test runs: on the CPU, on eight virtual devices, with strict promotion of ranks."""
 
+import importlib
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -20,3 +22,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports modules of the examples, which see each other as scripts do."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "examples"))
+    return importlib.import_module

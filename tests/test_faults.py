@@ -141,14 +141,12 @@ def test_a_failure_would_be_on_the_page():
     assert parts["modes"].startswith("Not measured yet")
 
 
-@pytest.mark.slow
 def test_kill_nine_loses_no_step():
     found = kills.run(4)
     assert found["equal"]
     assert found["resumed"] == found["resumes"]
 
 
-@pytest.mark.slow
 def test_a_short_soak():
     rows = soak.run(600, 100)["rows"]
     assert len(rows) == 6
@@ -158,7 +156,6 @@ def test_a_short_soak():
     assert rows[-1]["memory_mib"] - rows[0]["memory_mib"] < 32
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of orbax
 def test_nothing_crashes_in_the_fuzzing_of_the_page():
     for row in fuzz.run(20):

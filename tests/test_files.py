@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
+from benchmarks.reliability import fuzz
 from jsn._files import Unreadable, _entry, open_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -598,28 +599,6 @@ def test_hostile_arrays_of_orbax(checkpoint, tmp_path):
 # --- fuzzing ------------------------------------------------------------------------------------
 
 
-def mutated(rng: random.Random, content: bytes) -> bytes:
-    b = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        at = rng.randrange(min(len(b), rng.choice([16, 300, len(b)])))
-        kind = rng.randrange(5)
-        if kind == 0:
-            b[at] = rng.randrange(256)
-        elif kind == 1:
-            del b[at : at + rng.choice([1, 4, 50])]
-        elif kind == 2:
-            b[at:at] = rng.randbytes(rng.choice([1, 4, 8]))
-        elif kind == 3:
-            b[at : at + 4] = struct.pack("<I", rng.choice([0, 2**31, 2**32 - 1, 2**30]))
-        else:
-            digits = [i for i, c in enumerate(b[:600]) if 48 <= c < 58]
-            if digits:
-                b[rng.choice(digits)] = rng.choice(b"0123456789-")
-        if not b:
-            b = bytearray(b"x")
-    return bytes(b)
-
-
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npz", "c.npz", "x.msgpack"])
 def test_fuzzed_files_cost_neither_memory_nor_time(put, tmp_path, name):
     """Every mutation gives arrays or a clear line; for safetensors as its own library judges."""
@@ -635,7 +614,7 @@ def test_fuzzed_files_cost_neither_memory_nor_time(put, tmp_path, name):
     start = time.process_time()
     tracemalloc.start()
     for _ in range(250):
-        path.write_bytes(mutated(rng, content))
+        path.write_bytes(fuzz.mutated(rng, content))
         _, problems = look(path)
         if name == "x.safetensors":
             try:

@@ -1,7 +1,6 @@
 """The gallery: every example proves its claim in small, and every page says what was measured."""
 
 import functools
-import importlib
 import json
 import os
 import pathlib
@@ -21,12 +20,6 @@ STORED = [name for name in NAMES if (ROOT / f"benchmarks/results/gallery/{name}.
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module
 
 
 SLOW = ("gan_stability", "long_memory", "residual_flow", "robust_digits")

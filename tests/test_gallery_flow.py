@@ -1,23 +1,12 @@
 """The parts of the gallery's residual flow and simulator that have a right answer."""
 
-import importlib
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module
 
 
 def test_roulette_is_unbiased_in_value_and_gradient_and_a_stopped_series_is_not(load):

@@ -1,24 +1,13 @@
 """The attack of the gallery is a real one, and its letters look like digits' pictures."""
 
-import importlib
-import pathlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module
 
 
 @pytest.mark.parametrize(("classes", "share"), [(2, 1.0), (10, 0.9)])

@@ -85,7 +85,6 @@ def train_net(variables, moments):
     return {"params": optax.apply_updates(variables["params"], change), **new}, moments
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_linen_and_optax(mode):
     step = jax.jit(lambda *args: train_net(*args))
@@ -98,7 +97,6 @@ def test_linen_and_optax(mode):
     assert abs(true_norm(folded["Dense_0"]["kernel"]) - 1) < 1e-3
 
 
-@pytest.mark.slow
 def test_without_jit():
     """A small weight: operation by operation, each is dispatched for itself."""
     params = {"kernel": jnp.asarray(gaussian(0, 12, 8))}

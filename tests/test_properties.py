@@ -50,10 +50,10 @@ def rules(names=lambda module: module):
 
 
 def holds(n, *strategies):
-    """A test that a property holds for `n` examples, and a slow one for 25 times as many."""
+    """A test that a property holds for `n` examples, always the same, and for 25 times as many."""
 
     def decorate(check):
-        @pytest.mark.parametrize("count", [n, pytest.param(25 * n, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("count", [n, 25 * n])
         def test(count):
             settings = hypothesis.settings(
                 max_examples=count,
@@ -220,7 +220,6 @@ def test_names_and_order_mean_nothing(params):
     assert_close({module: found[TURNED[module]] for module in params}, expected)
 
 
-@pytest.mark.slow
 @holds(4, trees())
 def test_jit_changes_nothing(params):
     """Two weights will do: eagerly, each operation is compiled for itself."""
@@ -230,7 +229,6 @@ def test_jit_changes_nothing(params):
     assert_close(jsn.normalize(few, state)[0], normalize(few, state)[0])
 
 
-@pytest.mark.slow
 @holds(4, st.tuples(trees(), trees(), trees()))
 def test_vmap_is_a_loop(members):
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
