@@ -19,6 +19,7 @@ from jax import lax
 import jsn
 from benchmarks import _clock
 from benchmarks._cases import Weights
+from jsn._power import Tracked
 
 PyTree = Any
 
@@ -133,17 +134,39 @@ def nothing() -> Contender:
     return Jax(lambda params: (), lambda params, state: (params, state), "native")
 
 
+def products() -> Contender:
+    """The floor of the default block: both products with each weight and its scaling, no more."""
+
+    def init(params: PyTree) -> PyTree:
+        return jsn.init(params, rules=_RULES).u
+
+    def normalize(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
+        out = {}
+        for name, entry in params.items():
+            W, u = entry["kernel"], us[name]["kernel"]
+            weight = Tracked(_operator(W), W, u)
+            v = weight.operator.rmatvec(W, u)
+            v = jax.lax.slice_in_dim(v, 0, weight.n_leading, axis=len(weight.batch))
+            out[name] = {"kernel": 0.5 * W, "image": weight.operator.matvec(W, v)}
+        return out, us
+
+    return Jax(init, normalize, "native")
+
+
 def ours(n_steps: int = 1, **options: Any) -> Contender:
     """`jsn.init` and `jsn.normalize`; layers that are stacked are a batch axis."""
 
     def init(params: PyTree) -> PyTree:
-        return jsn.init(params, rules=[("kernel$", _operator)], **options)
+        return jsn.init(params, rules=_RULES, **options)
 
     return Jax(init, lambda params, state: jsn.normalize(params, state, n_steps=n_steps), "native")
 
 
 def _operator(leaf: Any) -> jsn.Matrix:
     return jsn.Matrix(batch_axis=0) if leaf.ndim == 3 else jsn.Matrix()
+
+
+_RULES = [("kernel$", _operator)]
 
 
 class Kernel(nn.Module):

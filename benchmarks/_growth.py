@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks import _clock
 from benchmarks._cases import Case, trajectory
 from benchmarks._clock import Row
 from benchmarks._contenders import copy, flax_linen, ours
-from benchmarks._training import MLP, Tick, ready, total, variants
+from benchmarks._training import MLP, PyTree, Tick, ready, total, variants
 
 LAYER_WIDTH = 64
 NETWORKS = ("one shape", "all shapes differ")
@@ -36,7 +37,7 @@ def measure_layers(
     stopped: set[tuple[str, str]] = set()
     for index, (kind, n_layers) in enumerate(jobs):
         x, widths = jax.numpy.ones((16, LAYER_WIDTH)), _widths(kind, n_layers)
-        params, makers = variants(MLP, x, widths=widths)
+        params, makers = variants(MLP, x, made_up, widths=widths)
         calls, compiling = {}, {}
         for name, (forward, state) in makers.items():
             if (kind, name) in stopped:
@@ -55,6 +56,15 @@ def measure_layers(
         ]
         tick((index + 1) / len(jobs))
     yield "layers", {"title": "layers", "rows": rows}
+
+
+def made_up(function: Callable, *args: Any) -> PyTree:
+    """Random numbers in the shapes of what a function returns: to make it would take minutes."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda found: jax.device_put(rng.standard_normal(found.shape).astype(found.dtype)),
+        jax.eval_shape(function, *args),
+    )
 
 
 def _widths(kind: str, n_layers: int) -> tuple[int, ...]:

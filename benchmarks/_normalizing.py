@@ -14,7 +14,7 @@ import jax
 from benchmarks import _clock
 from benchmarks._cases import CASES, SMOKE_CASES, Case, trajectory, true_norms, worst_norm
 from benchmarks._clock import Row
-from benchmarks._contenders import Contender, copy, flax_linen, nothing, ours
+from benchmarks._contenders import Contender, copy, flax_linen, nothing, ours, products
 from benchmarks._peers import PEERS
 
 MOMENTS = 4
@@ -32,6 +32,7 @@ def contenders() -> dict[str, Callable[[], Contender]]:
         "jsn, block 8": lambda: ours(block_size=8),
         "jsn, block 16": lambda: ours(block_size=16),
         "jsn, default": ours,
+        "only the products of the default": products,
         "Flax linen": flax_linen,
         **PEERS,
     }

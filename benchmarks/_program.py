@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks import _report
+from benchmarks import _clock, _report
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
@@ -27,7 +27,7 @@ class Program(NamedTuple):
     page: str
     """The page in `docs/` that gets the tables."""
     measures: Mapping[str, Callable[[Settings], list]]
-    """By part. Each runs in a process of its own, with one thread, where JAX is imported."""
+    """By part. Each runs in a process of its own, on one core, where JAX is imported."""
     parts: Callable[[Result], dict[str, str]]
     full: Settings
     smoke: Settings
@@ -55,7 +55,7 @@ class Program(NamedTuple):
                 continue
             made = _report.circumstances()
             context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            with concurrent.futures.ProcessPoolExecutor(1, context, _clock.use_one_core) as pool:
                 rows = pool.submit(measure, settings).result()
             result[part] = {"made": made, "settings": settings, "rows": rows}
             _report.write_json(stored, result)

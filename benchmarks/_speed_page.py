@@ -16,6 +16,8 @@ from benchmarks.speed import CASES, OTHERS
 NOT_YET = "Not measured yet: `python -m benchmarks speed` on a quiet machine fills this in."
 ABSENT = "–"
 PLAIN, FLAX, OURS = "no normalization", "Flax linen", "jsn, default"
+RAW = (PLAIN, "copy of the weights", "only the products of the default")
+"""Rows that do not normalize."""
 
 Result = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -89,7 +91,7 @@ def brief_table(result: Result) -> Table:
             continue
         ratios = [row.get("missing") or _times(row.get("ratio")) for row in found]
         worst = [row["worst"] for row in found if "worst" in row]
-        raw = name.startswith("copy") or not worst
+        raw = name in RAW or not worst
         rows.append((_bold(name), *ratios, ABSENT if raw else percent_above(max(worst))))
     return head, rows
 
@@ -112,7 +114,7 @@ def case_table(case: Mapping[str, Any]) -> Table:
         if "missing" in row:
             rows.append((row["name"], row["missing"], *[""] * (len(head) - 2)))
             continue
-        raw = row["name"] == PLAIN or row["name"].startswith("copy")
+        raw = row["name"] in RAW
         share = lambda key, row=row: (
             _times(row[key] / case["parameter_bytes"]) if key in row else ABSENT
         )
@@ -201,8 +203,8 @@ def made(result: Result) -> str:
         about = part["made"]
         versions = ", ".join(f"{package} {found}" for package, found in about["versions"].items())
         text = (
-            f"measured {about['date'][:10]} with jsn {about['jsn']} on {about['cpu']}, one thread, "
-            f"{about['cores']} cores; {versions}."
+            f"measured {about['date'][:10]} with jsn {about['jsn']} on {about['cpu']}, one core of "
+            f"{about['cores']}; {versions}."
         )
         lines.setdefault(text, []).append(f"{name} ({about['load_before']})")
     return "\n\n".join(

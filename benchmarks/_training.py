@@ -102,15 +102,28 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def variants(cls: type[nn.Module], x: jax.Array, **fields: Any) -> tuple[PyTree, dict[str, Any]]:
-    """Raw parameters, and for each way of normalizing its forward passes and its first state."""
+def compiled(function: Callable, *args: Any) -> PyTree:
+    """What a function returns."""
+    return jax.jit(function)(*args)
+
+
+def variants(
+    cls: type[nn.Module], x: jax.Array, make: Callable[..., PyTree] = compiled, **fields: Any
+) -> tuple[PyTree, dict[str, Any]]:
+    """Raw parameters, and for each way of normalizing its forward passes and its first state.
+
+    `make(function, *args)` gives what the function returns, or something of its shapes.
+    """
     model, wrapped, ours = cls(**fields), cls(**fields, wrap=True), decorated(cls)(**fields)
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
-    stats = jax.jit(lambda key: wrapped.init(key, x, train=False))(jax.random.key(0))
+    params = make(model.init, jax.random.key(0), x)["params"]
+    stats = make(lambda key: wrapped.init(key, x, train=False), jax.random.key(0))
     return params, {
         "no normalization": (plain(model), ()),
-        "jsn, normalized once": (once(model), jsn.init(params)),
-        "jsn, decorator": (each_time(ours, "sn_state"), _state_of(ours, params, x)),
+        "jsn, normalized once": (once(model), make(jsn.init, params)),
+        "jsn, decorator": (
+            each_time(ours, "sn_state"),
+            make(lambda params: _state_of(ours, params, x), params),
+        ),
         "Flax linen": (each_time(wrapped, "batch_stats"), stats["batch_stats"]),
     }
 

@@ -26,7 +26,7 @@ SMOKE = {"sizes": (64,), "rounds": 2, "channels": (4,), "spatial": 8}
 Row = dict[str, Any]
 
 
-# --- in a process of its own, with one thread --------------------------------------------------
+# --- in a process of its own, on one core ------------------------------------------------------
 
 
 def measure_matrices(settings: dict[str, Any]) -> list[Row]:

@@ -26,7 +26,7 @@ FULL = {"size": 4096, "vectors": (1, 8, 32), "rows": (64, 256, 1024), "rounds": 
 SMOKE = {"size": 128, "vectors": (1, 8), "rows": (32,), "rounds": 3}
 
 
-# --- in a process of its own, with one thread --------------------------------------------------
+# --- in a process of its own, on one core ------------------------------------------------------
 
 
 def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ FULL = {
 SMOKE = {"size": 32, "blocks": (1, 8), "after": (0, 1), "n_steps": (1,), "moves": 8}
 
 
-# --- in a process of its own, with one thread --------------------------------------------------
+# --- in a process of its own, on one core ------------------------------------------------------
 
 
 def measure_still(settings: dict[str, Any]) -> list[Row]:

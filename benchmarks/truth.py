@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _report
+from benchmarks import _clock, _report
 
 BLOCKS = (1, 4, 8, 12, 16, 24, 32)
 FLAX_STEPS = (1, 5, 15)
@@ -148,6 +148,7 @@ def _true_norms(normalized: Any) -> dict[str, float]:
 
 def measure_cost(task_name: str, settings: dict[str, Any]) -> list[Row]:
     """Times normalizing alone, all methods in turns, and counts the bytes it touches."""
+    _clock.use_one_core()
     import jax
 
     from benchmarks._methods import Method, form_of

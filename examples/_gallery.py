@@ -15,7 +15,6 @@ An example is a file with four functions and, as its last line, a call of `main`
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +32,7 @@ except ModuleNotFoundError as error:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # an example runs as a script, which does not see `benchmarks`
 
+from benchmarks._clock import use_one_core  # noqa: E402
 from benchmarks._report import circumstances, read_json, write_json, write_parts  # noqa: E402
 
 Result = dict[str, Any]
@@ -96,17 +96,6 @@ def main(
         write_parts(index, name, {"headline": texts.pop("headline")}, index)
         write_parts(page, name, {**texts, "made": _made(stored["made"])}, page)
     check(result)
-
-
-def use_one_core() -> None:
-    """Where the system can do that, and before JAX starts its threads.
-
-    Networks as small as these lose more by handing work between threads than they gain: a factor
-    of ten where others use the machine too.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
 def progress_bar() -> Progress:

@@ -7,10 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import _cases, _clock, _report, _speed_page
+from benchmarks import _cases, _clock, _contenders, _growth, _report, _speed_page
 from benchmarks.speed import OTHERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -108,6 +109,22 @@ def test_directions_overtake_each_other_on_the_way():
         before = W.copy()
     overlaps = [abs(leading[0] @ u) for u in leading]
     assert min(overlaps) < 0.5
+
+
+def test_the_floor_is_two_products_for_each_weight():
+    case = _cases.SMOKE_CASES["small"]
+    weights, floor = next(_cases.trajectory(case, 0)), _contenders.products()
+    floor.start(weights, case.stacked)
+    program = jax.jit(floor.normalize).lower(floor.params, floor.state).as_text()
+    assert program.count("stablehlo.dot_general") == 2 * len(weights)
+
+
+def test_made_up_arrays_have_the_shapes_of_the_real_ones():
+    make = lambda x: {"a": x @ x.T, "b": x[0]}
+    found, real = _growth.made_up(make, np.ones((3, 2), np.float32)), make(np.ones((3, 2)))
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, real)
+    assert found["a"].dtype == np.float32
+    assert np.ptp(found["a"]) > 0
 
 
 def test_turns_call_everything_equally_often_and_stop_in_time():
