@@ -9,7 +9,7 @@ NEWEST_PYTHON ?= $(shell scripts/find_python.sh 3.12 2>/dev/null)
 
 ARGS ?=
 PYTEST_ARGS ?=
-GALLERY ?= cascade stable_transformer uncertainty learned_physics residual_flow robust_digits long_memory
+GALLERY ?= cascade stable_transformer uncertainty learned_physics residual_flow robust_digits long_memory gan_stability
 # What `make test` also runs in 64-bit JAX and on the newest JAX, and what it leaves to nightly.
 X64_TESTS ?= $(addprefix tests/test_,power.py normalize.py)
 NEWEST_TESTS ?= $(addprefix tests/test_,contract.py plan.py linen.py linen_operators.py)
