@@ -180,13 +180,18 @@ class Stack(NamedTuple):
         return self._join([x.reshape(-1, largest, largest) for x in padded])
 
     def split(self, stacked: Array, sizes: Sequence[int]) -> list[Array]:
-        """Cuts an array apart: its first axis into entries, all others to the sizes given."""
-        parts, begin = [], 0
-        for batch, limit in zip(self.batches, sizes, strict=True):
-            end, inner = begin + size(batch), (limit,) * (stacked.ndim - 1)
-            part = lax.slice(stacked, (begin, *[0] * len(inner)), (end, *inner))
+        """Cuts an array apart: its first axis into entries, all others to the sizes given.
+
+        The derivative of `lax.split` is one concatenation. That of a slice for each weight is a
+        sum of as many padded arrays, which XLA:CPU compiles in more than quadratic time.
+        """
+        parts = []
+        entries = lax.split(stacked, [size(batch) for batch in self.batches])
+        for part, batch, limit in zip(entries, self.batches, sizes, strict=True):
+            inner = (limit,) * (stacked.ndim - 1)
+            if part.shape[1:] != inner:
+                part = lax.slice(part, (0,) * part.ndim, (len(part), *inner))
             parts.append(part.reshape(*batch, *inner))
-            begin = end
         return parts
 
     def _join(self, parts: Sequence[Array]) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
+from jaxtyping import Array
 
 from jsn import _power
 from jsn._operator import explicit_spec
@@ -111,6 +112,11 @@ def _back(u: Block, old: Block) -> Block:
     return jax.sharding.reshard(u, jax.typeof(old).sharding)
 
 
+def _apart(sigmas: Array) -> list[Sigma]:
+    """The sigmas of each weight of a group; by `lax.split`, for the reason in `Stack.split`."""
+    return [sigma.squeeze(0) for sigma in lax.split(sigmas, [1] * len(sigmas))]
+
+
 def track(
     operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], n_steps: int
 ) -> tuple[list[Sigma], list[Block]]:
@@ -128,7 +134,7 @@ def track(
         live = [_Weights(tuple(weights[family[i]] for i in group)) for group in groups]
         found = _power.with_derivative(tuple(group.operator for group in grouped), live, pairs)
         found = _power.stack_of(grouped).split(found, [0] * len(groups))
-        for group, sigma, block in zip(groups, found, blocks, strict=True):
+        for group, sigma, block in zip(groups, map(_apart, found), blocks, strict=True):
             for at, i in enumerate(group):
                 index = family[i]
                 sigmas[index] = sigma[at]

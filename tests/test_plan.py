@@ -50,6 +50,19 @@ def test_weights_of_one_shape_share_their_thin_operations():
     assert many["dot_general"] - few["dot_general"] == 10 * 2
 
 
+def test_the_gradient_pads_nothing_for_each_weight():
+    """A sum of padded arrays, one for each weight, is compiled in more than quadratic time."""
+
+    def paddings(n: int, step: int) -> int:
+        params = kernels(*[(40, 40 + step * i) for i in range(n)])
+        state = jsn.init(params, block_size=4, warmup=0)
+        norm = lambda params: sum(map(jnp.sum, jax.tree.leaves(jsn.normalize(params, state)[0])))
+        return jaxprs.count(jax.grad(norm), params)["pad"]
+
+    assert paddings(9, 0) == paddings(3, 0)  # of one shape
+    assert paddings(9, 1) == paddings(3, 1)  # all shapes differ
+
+
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_a_tree_gives_what_each_weight_alone_gives(block_size):
     params = kernels((20, 12), (3, 3, 2, 16), (30, 5), (9, 1))
