@@ -12,14 +12,14 @@ from typing import Any
 from benchmarks import _report
 from benchmarks.reliability import _page, modes
 
-PARTS = ("faults", "fuzz", "kills", "soak", "modes")
+PARTS = ("faults", "fuzz", "kills", "soak", "modes", "coverage")
 STORED = _report.ROOT / "benchmarks/results/reliability.json"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reliability",
-        description="Faults, hostile files, kills, a soak and the modes of JAX, measured.",
+        description="Faults, hostile files, kills, a soak, the modes of JAX, coverage: measured.",
     )
     parser.add_argument("--only", choices=(*PARTS, "page"), nargs="+", help="some of the parts")
     parser.add_argument("--inputs", type=int, default=2000, help="fuzzed files of each format")
@@ -75,10 +75,16 @@ def _soak(options: argparse.Namespace) -> Any:
 
 
 def _modes(options: argparse.Namespace) -> Any:
-    total = len(options.environments) * len(options.modes or modes.MODES)
+    total = sum(len(modes.chosen(name, options.modes)) for name in options.environments)
     with _bar("modes", total) as tick:
         rows = modes.run(options.environments, options.modes, options.tests, tick)
     return {"rows": rows, "tests": options.tests}
+
+
+def _coverage(_: argparse.Namespace) -> Any:
+    from benchmarks.reliability import coverage
+
+    return {"rows": coverage.run()}
 
 
 def main() -> None:
@@ -86,6 +92,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     options = _parser().parse_args()
     runs = {"faults": _faults, "fuzz": _fuzz, "kills": _kills, "soak": _soak, "modes": _modes}
+    runs["coverage"] = _coverage
     for part in PARTS:
         if options.only is None or part in options.only:
             made = _report.circumstances()

@@ -17,6 +17,7 @@ def parts(result: Result) -> dict[str, str]:
         "kills": _kills,
         "soak": _soak,
         "modes": _modes,
+        "coverage": _coverage,
     }
     return {
         part: write(result[part]) + "\n\n" + _made(part, result[part]["made"])
@@ -125,3 +126,37 @@ def _modes(result: Result) -> str:
     files = ", ".join(f"`{test}`" for test in result["tests"])
     head = ["versions and mode", "passed", "failed", "seconds"]
     return f"The core tests: {files}.\n\n" + _report.table(head, rows)
+
+
+def _coverage(result: Result) -> str:
+    rows = result["rows"]
+    total = {key: sum(row[key] for row in rows) for key in COUNTS}
+    lines, branches = (_percent(total, kind) for kind in ("lines", "branches"))
+    table = [
+        [
+            f"`{row['module']}`",
+            _percent(row, "lines"),
+            _percent(row, "branches"),
+            ", ".join(map(str, row["missing"])) or "–",
+            ", ".join(_branch(*branch) for branch in row["missing_branches"]) or "–",
+        ]
+        for row in rows
+        if row["missing"] or row["missing_branches"]
+    ]
+    head = ["module", "lines run, %", "branches run, %", "lines not run", "branches not taken"]
+    return (
+        f"**{lines} % of {total['lines']} lines and {branches} % of {total['branches']} branches "
+        f"of `jsn/` are run by the suite**, {total['left_out']} lines are left out with a reason "
+        f"beside them. Modules of which something is not run:\n\n" + _report.table(head, table)
+    )
+
+
+COUNTS = ("lines", "lines_run", "branches", "branches_run", "left_out")
+
+
+def _percent(row: Result, kind: str) -> str:
+    return f"{100 * row[f'{kind}_run'] / row[kind]:.1f}" if row[kind] else "–"
+
+
+def _branch(begin: int, end: int) -> str:
+    return f"{begin} to {end}" if end > 0 else f"{begin} to the end"

@@ -1,7 +1,8 @@
-"""Part five: the core tests under each mode of JAX, on each version that is installed.
+"""Part five: the core tests under each mode of JAX, and on each version that is installed.
 
-A mode is an environment variable. Tests that a mode rules out by what it is are left out by name,
-and the page says why.
+A mode is an environment variable. All of them run on the development versions, and none on the
+oldest and the newest but what is the default there. Tests that a mode rules out by what it is are left
+out by name, and the page says why.
 """
 
 from __future__ import annotations
@@ -28,17 +29,34 @@ class Mode(NamedTuple):
     without: str = ""
     """Tests left out, as an expression for `pytest -k`."""
     why: str = ""
+    everywhere: bool = False
+    """On the oldest and the newest versions too."""
 
 
 MODES = (
-    Mode("default", {}),
+    Mode("default", {}, everywhere=True),
     Mode("jax_enable_x64", {"JAX_ENABLE_X64": "1"}),
     Mode("jax_numpy_rank_promotion=raise", {"JAX_NUMPY_RANK_PROMOTION": "raise"}),
     Mode("jax_numpy_dtype_promotion=strict", {"JAX_NUMPY_DTYPE_PROMOTION": "strict"}),
-    Mode("jax_debug_nans", {"JAX_DEBUG_NANS": "1"}),
+    Mode(
+        "jax_debug_nans",
+        {"JAX_DEBUG_NANS": "1"},
+        without="not_finite or broken or unusable or donates",
+        why="those that feed it a NaN, and the one that wants its arguments donated, which this "
+        "mode keeps to run again what has failed",
+    ),
     Mode("jax_check_tracer_leaks", {"JAX_CHECK_TRACER_LEAKS": "1"}),
     Mode("jax_disable_jit", {"JAX_DISABLE_JIT": "1"}),
 )
+
+
+def chosen(environment: str, names: list[str] | None) -> list[Mode]:
+    """The modes of these names, or all, that run in an environment."""
+    return [
+        mode
+        for mode in MODES
+        if (mode.everywhere or environment == ENVIRONMENTS[0]) and (not names or mode.name in names)
+    ]
 
 
 def versions(environment: str) -> str | None:
@@ -65,9 +83,7 @@ def run(
         found = versions(environment)
         if found is None:
             continue
-        for mode in MODES:
-            if names and mode.name not in names:
-                continue
+        for mode in chosen(environment, names):
             rows.append({"versions": found, "mode": mode.name, **_run(environment, mode, tests)})
             tick(mode.name)
     return rows
@@ -75,7 +91,7 @@ def run(
 
 def _run(environment: str, mode: Mode, tests: list[str]) -> dict[str, Any]:
     python = ROOT / environment / "bin" / "python"
-    options = ["-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider"]
+    options = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not slow", "-p", "no:cacheprovider"]
     options += ["-k", f"not ({mode.without})"] if mode.without else []
     begin = time.perf_counter()
     done = subprocess.run(
