@@ -18,7 +18,7 @@ model, at four moments along one way of raw weights that is the same for all (`_
 says how it is made): a model of training, not training. Norms from real training, in which each
 method makes its own way, are those of `truth`.
 
-    python -m benchmarks speed                  twelve minutes on a quiet machine
+    python -m benchmarks speed                  half an hour on a quiet machine
     python -m benchmarks speed --only step      one part, or several
     python -m benchmarks speed --resume         the parts that this version has not measured yet
     python -m benchmarks speed --only page      only the pages, from stored results

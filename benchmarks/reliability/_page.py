@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import _report
+from benchmarks.reliability import modes
 
 Result = dict[str, Any]
 
@@ -125,7 +126,8 @@ def _modes(result: Result) -> str:
     ]
     files = ", ".join(f"`{test}`" for test in result["tests"])
     head = ["versions and mode", "passed", "failed", "seconds"]
-    return f"The core tests: {files}.\n\n" + _report.table(head, rows)
+    left = "".join(f"\n\n`{m.name}` leaves out {m.why}." for m in modes.MODES if m.why)
+    return f"The core tests: {files}.\n\n{_report.table(head, rows)}{left}"
 
 
 def _coverage(result: Result) -> str:

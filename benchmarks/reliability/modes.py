@@ -1,8 +1,8 @@
 """Part five: the core tests under each mode of JAX, and on each version that is installed.
 
-A mode is an environment variable. All of them run on the development versions, and none on the
-oldest and the newest but what is the default there. Tests that a mode rules out by what it is are left
-out by name, and the page says why.
+A mode is an environment variable. All of them run on the development versions, and on the oldest
+and the newest what is the default there. Tests that a mode rules out by what it is are left out by
+name, and the page says why.
 """
 
 from __future__ import annotations
