@@ -119,7 +119,7 @@ def _figure(
         figure.legend(
             *grid.flat[0].get_legend_handles_labels(),
             loc="outside upper left",
-            ncols=min(len(panels[0][3]), 2 * columns + 1),
+            ncols=min(len(panels[0][3]), 2 * columns),
             frameon=False,
             handlelength=2.8,
         )

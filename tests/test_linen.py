@@ -227,7 +227,7 @@ def test_inside_scan_and_vmap_each_layer_has_its_own_state(axis):
 
 def test_around_a_recurrent_network():
     model = jsn.linen.spectral_norm(nn.RNN)(nn.SimpleCell(5))
-    sequence = jnp.ones((2, 7, 3))
+    sequence = jnp.ones((2, 7, 3), jnp.float32)
     made = model.init(KEY, sequence)
     y, updates = model.apply(made, sequence, mutable=["sn_state"])
     assert y.shape == (2, 7, 5)
@@ -299,7 +299,7 @@ def test_a_stacked_axis_as_long_as_the_layer_is_wide_is_still_found(axis):
 def test_a_cell_inside_a_recurrent_network():
     cell = jsn.linen.spectral_norm(nn.SimpleCell)(5)
     model = nn.RNN(cell, variable_broadcast=["params", "sn_state"])
-    sequence = jax.random.normal(KEY, (2, 7, 3))
+    sequence = jax.random.normal(KEY, (2, 7, 3), jnp.float32)
     made = model.init(KEY, sequence)
     again = jsn.linen.init_state(model, {"params": made["params"]}, sequence)
     assert jax.tree.structure(again) == jax.tree.structure(made["sn_state"])

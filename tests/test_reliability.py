@@ -49,3 +49,10 @@ def test_every_mode_runs_on_the_development_versions_and_the_default_everywhere(
 
 def test_a_mode_leaves_tests_out_only_with_a_reason():
     assert all(bool(mode.without) == bool(mode.why) for mode in modes.MODES)
+
+
+def test_a_mode_that_is_run_again_takes_the_place_of_its_row():
+    row = lambda mode, passed: {"versions": "JAX 1", "mode": mode, "passed": passed}
+    stored = [row("default", 1), row("x64", 2)]
+    again = modes.merged(stored, [row("default", 3), row("new", 4)])
+    assert again == [row("default", 3), row("x64", 2), row("new", 4)]

@@ -78,7 +78,8 @@ def _modes(options: argparse.Namespace) -> Any:
     total = sum(len(modes.chosen(name, options.modes)) for name in options.environments)
     with _bar("modes", total) as tick:
         rows = modes.run(options.environments, options.modes, options.tests, tick)
-    return {"rows": rows, "tests": options.tests}
+    stored = _report.read_json(STORED).get("modes", {"rows": []})["rows"]
+    return {"rows": modes.merged(stored, rows), "tests": options.tests}
 
 
 def _coverage(_: argparse.Namespace) -> Any:

@@ -89,6 +89,12 @@ def run(
     return rows
 
 
+def merged(stored: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stored rows with those that were run again in their place, and new ones behind."""
+    of = lambda row: (row["versions"], row["mode"])
+    return list(({of(row): row for row in stored} | {of(row): row for row in rows}).values())
+
+
 def _run(environment: str, mode: Mode, tests: list[str]) -> dict[str, Any]:
     python = ROOT / environment / "bin" / "python"
     options = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not slow", "-p", "no:cacheprovider"]
