@@ -380,6 +380,7 @@ def test_the_plot_is_a_picture(audit, tmp_path):
         warnings.simplefilter("error")
         audit.plot(tmp_path / "a.png")
         Audit(()).plot(tmp_path / "empty.png")
+        Audit(audit.rows * 25).plot(tmp_path / "many.png")  # too many for a name each
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
     assert pixels.shape[1] > 800
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50

@@ -1023,3 +1023,12 @@ def test_the_code_of_the_guide_runs(section, monkeypatch):
 def test_the_guide_has_a_section_for_each_library():
     sections = [line[3:] for line in GUIDE.read_text().splitlines() if line.startswith("## ")]
     assert sections == list(NEEDS)
+
+
+def test_safetensors_of_a_dtype_without_an_array(tmp_path):
+    """Scales of microscaling formats, four bits to a number: refused by name."""
+    header = json.dumps({"fc.weight": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}})
+    path = tmp_path / "scales.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0\0")
+    with pytest.raises(ValueError, match=r"(?s)fc\.weight.*F8_E8M0.*Expected one of F64"):
+        jsn.interop.from_torch(path)

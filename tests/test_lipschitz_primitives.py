@@ -159,6 +159,9 @@ def _scan_reversed(x):
     return lax.scan(lambda c, row: (c + row, c), jnp.zeros(4), x, reverse=True)[1]
 
 
+CHOICE = jnp.asarray(RNG.integers(0, 3, (3, 4)), jnp.int32)
+
+
 ABOVE = {
     "max pooling": (lambda x: nn.max_pool(x, (3, 3), (2, 2), padding="SAME"), image),
     "min pooling": (lambda x: -nn.max_pool(-x, (3, 3), (1, 1)), image),
@@ -180,6 +183,13 @@ ABOVE = {
     "masked softmax": (_masked_softmax, x4),
     "softmax of features": (lambda x: jax.nn.softmax(jnp.tanh(3 * x) + W[None, :, 0]), x4),
     "weight normalized by x": (_shortened, x4),
+    "negative power": (lambda x: (jnp.abs(x) + 1) ** -3, x4),
+    "root as a power": (lambda x: lax.pow(jnp.abs(x) + 1, jnp.full_like(x, 0.5)), x4),
+    "zeroth power": (lambda x: x * lax.integer_pow(jnp.tanh(x), 0), x4),
+    "within two limits": (lambda x: jnp.where((x > -1) & (x < 1), x, jnp.sign(x)), x4),
+    "not above": (lambda x: jnp.where(~(x > 0), 0.0, x), x4),
+    "chosen of three": (lambda x: lax.select_n(CHOICE, x, 2 * x, jnp.tanh(x)), x4),
+    "rounded to integers": (lambda x: x + 0 * jnp.floor(x).astype(int).astype(x.dtype), x4),
 }  # fmt: skip
 
 
@@ -202,6 +212,20 @@ def _shifted_exp(x):
     return jnp.exp(x - x.max(1, keepdims=True))
 
 
+def _plus(x, y):
+    return x + y
+
+
+def _times(x, y):
+    return x * y
+
+
+def _deep(x):
+    for _ in range(300):
+        x = jnp.sin(x)
+    return x
+
+
 NEAR_MISSES = {
     "another row's softmax": lambda x: _shifted_exp(x) / jnp.roll(_sum(_shifted_exp(x)), 1, 0),
     "another bias": lambda x: jnp.exp(jnp.tanh(x) + RAMP) / _sum(jnp.exp(jnp.tanh(x) + TWICE)),
@@ -216,6 +240,15 @@ NEAR_MISSES = {
     "twice the maximum, once the minimum": lambda x: jnp.concatenate(
         [2 * jnp.maximum(x[:, :2], x[:, 2:]), jnp.minimum(x[:, :2], x[:, 2:])], 1
     ),
+    "constants cut from a join": lambda x: x * jnp.concatenate([x, jnp.ones((3, 4))])[3:],
+    "windowed sums": lambda x: lax.reduce_window(x, 0.0, _plus, (1, 2), (1, 1), "VALID"),
+    "windowed products": lambda x: lax.reduce_window(x, 1.0, _times, (1, 2), (1, 1), "VALID"),
+    "an odd power": lambda x: lax.pow(jnp.abs(x) + 1, jnp.full_like(x, 1.7)),
+    "what is finite": lambda x: jnp.where(jnp.isfinite(x), x, 0.0),
+    "batch groups": lambda x: lax.conv_general_dilated(
+        x.reshape(3, 1, 4), jnp.ones((3, 1, 2)), (1,), "VALID", batch_group_count=3
+    ),
+    "deeper than expressions go": _deep,
     "the minimum of others": lambda x: jnp.concatenate(
         [jnp.maximum(x[:, :2], x[:, 2:]), jnp.minimum(x[:, :2], x[:, :1:-1])], 1
     ),

@@ -475,3 +475,17 @@ def test_a_folded_model_costs_exactly_what_the_plain_one_does():
     unfolded = lambda params, x: mlp(jsn.normalize(params, state, n_steps=0)[0], x)
     costs = [jaxprs.count(model, params, x)["dot_general"] for model in (mlp, unfolded)]
     assert costs[0] < costs[1]
+
+
+def test_the_gradient_of_one_weight_does_not_depend_on_what_else_is_differentiated():
+    params = {name: jnp.asarray(gaussian(i, 9 + i, 6)) for i, name in enumerate("ab")}
+    params = {name: {"kernel": W} for name, W in params.items()}
+    state = jsn.init(params, block_size=4)
+
+    def loss(params):
+        normalized, _ = jsn.normalize(params, state)
+        return sum(jnp.sum(jnp.sin(W)) for W in jax.tree.leaves(normalized))
+
+    whole = jax.grad(loss)(params)
+    alone = jax.grad(lambda a: loss({"a": a, "b": params["b"]}))(params["a"])
+    np.testing.assert_array_equal(alone["kernel"], whole["a"]["kernel"])
