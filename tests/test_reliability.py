@@ -27,7 +27,7 @@ def test_coverage_is_told_in_per_cent_and_line_by_line():
     ]
     text = _page._coverage({"rows": rows})
     assert "97.5 % of 80 lines and 93.8 % of 16 branches" in text
-    assert "6 lines are left out" in text
+    assert "6 lines that are for type checkers" in text
     assert "| `jsn/a.py` | 95.0 | 87.5 | 7, 9 | 6 to 9, 12 to the end |" in text
     assert "jsn/b.py" not in text
 

@@ -148,8 +148,9 @@ def _coverage(result: Result) -> str:
     head = ["module", "lines run, %", "branches run, %", "lines not run", "branches not taken"]
     return (
         f"**{lines} % of {total['lines']} lines and {branches} % of {total['branches']} branches "
-        f"of `jsn/` are run by the suite**, {total['left_out']} lines are left out with a reason "
-        f"beside them. Modules of which something is not run:\n\n" + _report.table(head, table)
+        f"of `jsn/` are run by the suite**; {total['left_out']} lines that are for type checkers, "
+        "or left out with a reason beside them, do not count. Modules of which something is not "
+        "run:\n\n" + _report.table(head, table)
     )
 
 
