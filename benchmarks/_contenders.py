@@ -146,7 +146,7 @@ def products() -> Contender:
             W, u = entry["kernel"], us[name]["kernel"]
             weight = Tracked(_operator(W), W, u)
             v = weight.operator.rmatvec(W, u)
-            v = jax.lax.slice_in_dim(v, 0, weight.n_leading, axis=len(weight.batch))
+            v = lax.slice_in_dim(v, 0, weight.n_leading, axis=len(weight.batch))
             out[name] = {"kernel": 0.5 * W, "image": weight.operator.matvec(W, v)}
         return out, us
 

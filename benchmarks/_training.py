@@ -102,13 +102,13 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def compiled(function: Callable, *args: Any) -> PyTree:
+def made(function: Callable, *args: Any) -> PyTree:
     """What a function returns."""
     return jax.jit(function)(*args)
 
 
 def variants(
-    cls: type[nn.Module], x: jax.Array, make: Callable[..., PyTree] = compiled, **fields: Any
+    cls: type[nn.Module], x: jax.Array, make: Callable[..., PyTree] = made, **fields: Any
 ) -> tuple[PyTree, dict[str, Any]]:
     """Raw parameters, and for each way of normalizing its forward passes and its first state.
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
-from jaxtyping import Array
 
 from jsn import _power
 from jsn._operator import explicit_spec
@@ -112,11 +111,6 @@ def _back(u: Block, old: Block) -> Block:
     return jax.sharding.reshard(u, jax.typeof(old).sharding)
 
 
-def _apart(sigmas: Array) -> list[Sigma]:
-    """The sigmas of each weight of a group; by `lax.split`, for the reason in `Stack.split`."""
-    return [sigma.squeeze(0) for sigma in lax.split(sigmas, [1] * len(sigmas))]
-
-
 def track(
     operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block], n_steps: int
 ) -> tuple[list[Sigma], list[Block]]:
@@ -133,11 +127,14 @@ def track(
         pairs, blocks = _power.advance(grouped, n_steps)
         live = [_Weights(tuple(weights[family[i]] for i in group)) for group in groups]
         found = _power.with_derivative(tuple(group.operator for group in grouped), live, pairs)
-        found = _power.stack_of(grouped).split(found, [0] * len(groups))
-        for group, sigma, block in zip(groups, map(_apart, found), blocks, strict=True):
+        # A group's sigmas are those of its members, one behind the other.
+        members = [family[i] for group in groups for i in group]
+        found = _power.stack_of([tracked[i] for i in members]).split(found, [0] * len(members))
+        for index, sigma in zip(members, found, strict=True):
+            sigmas[index] = sigma
+        for group, block in zip(groups, blocks, strict=True):
             for at, i in enumerate(group):
                 index = family[i]
-                sigmas[index] = sigma[at]
                 new[index] = us[index] if n_steps == 0 else _back(block[at], old[index])
     return sigmas, new
 
