@@ -134,11 +134,11 @@ def nothing() -> Contender:
     return Jax(lambda params: (), lambda params, state: (params, state), "native")
 
 
-def products() -> Contender:
-    """The floor of the default block: both products with each weight and its scaling, no more."""
+def products(**options: Any) -> Contender:
+    """The floor of a block: both products with each weight and its scaling, no more."""
 
     def init(params: PyTree) -> PyTree:
-        return jsn.init(params, rules=_RULES).u
+        return jsn.init(params, rules=_RULES, **options).u
 
     def normalize(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
         out = {}

@@ -16,7 +16,8 @@ from benchmarks.speed import CASES, OTHERS
 NOT_YET = "Not measured yet: `python -m benchmarks speed` on a quiet machine fills this in."
 ABSENT = "–"
 PLAIN, FLAX, OURS = "no normalization", "Flax linen", "jsn, default"
-RAW = (PLAIN, "copy of the weights", "only the products of the default")
+PRODUCTS = tuple(f"only the products of {which}" for which in ("block 1", "block 8", "the default"))
+RAW = (PLAIN, "copy of the weights", *PRODUCTS)
 """Rows that do not normalize."""
 
 Result = Mapping[str, Any]

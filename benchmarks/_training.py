@@ -14,11 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 import jsn
 from benchmarks import _clock
 from benchmarks._cases import CRITIC
 from benchmarks._clock import Row
+from jsn._power import Pairs, Tracked, with_derivative
 
 PyTree = Any
 Tick = Callable[[float], None]
@@ -102,6 +104,40 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
+def floor(model: nn.Module, each_pass: bool) -> Forward:
+    """What no block of this size can do without, once or in each pass, and nothing else.
+
+    Its two products with each weight, the scaling, and the derivative of both.
+    """
+
+    def normalized(W: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        raw, weight = jax.lax.stop_gradient(W), Tracked(jsn.Matrix(), W, u)
+        v = weight.operator.rmatvec(raw, u)[: weight.n_leading]
+        y = weight.operator.matvec(raw, v)
+        # As if it had converged: all is of the right size, whatever was found.
+        pairs = Pairs(jnp.linalg.norm(v[0])[None], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
+        (sigma,) = with_derivative((weight.operator,), [W], pairs)
+        # No compiler may see that the next pass would find the same.
+        return W / sigma, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
+
+    def both(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
+        kernels, others = traverse_util.flatten_dict(params), {}
+        next_us = dict(us)
+        for path, u in us.items():
+            others[path], next_us[path] = normalized(kernels[path], u)
+        return traverse_util.unflatten_dict(kernels | others), next_us
+
+    def forward(params: PyTree, us: PyTree, inputs: Sequence[jax.Array]) -> Any:
+        outputs, scaled = [], None
+        for x in inputs:
+            if scaled is None or each_pass:
+                scaled, us = both(params, us)
+            outputs.append(model.apply({"params": scaled}, x))
+        return outputs, us
+
+    return forward
+
+
 def made(function: Callable, *args: Any) -> PyTree:
     """What a function returns."""
     return jax.jit(function)(*args)
@@ -135,6 +171,16 @@ def _state_of(model: Any, params: PyTree, x: jax.Array) -> PyTree:
 # --- the parts --------------------------------------------------------------------------------
 
 
+def floors(cls: type[nn.Module], params: PyTree, **fields: Any) -> dict[str, Any]:
+    """The floors of the default, as forward passes and their first state."""
+    model, state = cls(**fields), jax.jit(jsn.init)(params)
+    us = {path: u for path, u in traverse_util.flatten_dict(state.u).items() if u is not None}
+    return {
+        "floor of the default, once": (floor(model, False), us),
+        "floor of the default, twice": (floor(model, True), us),
+    }
+
+
 def measure_step(
     names: Sequence[str], settings: dict[str, Any], tick: Tick
 ) -> Iterator[tuple[str, Row]]:
@@ -144,6 +190,7 @@ def measure_step(
     for index, batch in enumerate(settings["batches"]):
         real, fake = jax.random.normal(jax.random.key(0), (2, batch, 32, 32, 3))
         params, makers = variants(Critic, real[:1], **fields)
+        makers |= floors(Critic, params, **fields)
         calls, compiling = {}, {}
         for name, (forward, state) in makers.items():
             step = _adam_step(_hinge(forward), params)

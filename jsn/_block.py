@@ -7,6 +7,7 @@ and so runs once for all of them, on one stack of matrices. Must not know weight
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,14 +69,16 @@ def _eigh(grams: Float[Array, "*n b b"]) -> tuple[Array, Array]:
 
 
 def _eigh_on_cpu(grams: Float[Array, "n b b"]) -> tuple[Array, Array]:
-    """One matrix at a time where several devices share one CPU.
+    return lax.map(_eigh, grams) if _lapack_hangs() else _eigh(grams)
+
+
+def _lapack_hangs() -> bool:
+    """Whether several devices share one CPU.
 
     LAPACK's batched calls share their work among the threads that the virtual devices themselves
     run on, and eight devices wait for each other for ever (jaxlib 0.10.2 and 0.12.0).
     """
-    if jax.default_backend() != "cpu" or jax.local_device_count() == 1:
-        return _eigh(grams)
-    return lax.map(_eigh, grams)
+    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
 
 
 def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
@@ -95,6 +98,20 @@ def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
 
 
+def among_kept(
+    changes: Float[Array, "n f f"], plain: np.ndarray, block: int
+) -> Float[Array, "n b f"]:
+    """Combinations of fresh vectors, moved to where residuals stand in a block.
+
+    Where the step is plain subspace iteration there is nothing else, and rows stay where they are.
+    """
+    n_rows, (n_ritz, n_residual, _) = max(block, changes.shape[1]), thirds(block)
+    stay = jnp.pad(changes, ((0, 0), (0, n_rows - changes.shape[1]), (0, 0)))
+    below = n_rows - n_ritz - n_residual
+    moved = jnp.pad(changes[:, :n_residual], ((0, 0), (n_ritz, below), (0, 0)))
+    return jnp.where(jnp.asarray(plain)[:, None, None], stay, moved)
+
+
 def _orthonormal_after(q: Array, p: Array) -> Array:
     """The rows of p, made orthonormal to those of q, which are so already, and among themselves.
 
@@ -111,12 +128,12 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     Cholesky, shifted so that it succeeds on dependent rows too, and then one Newton-Schulz step
     towards `T gram T^T = 1`, which takes the shift out again.
     """
-    block, diagonal = grams.shape[-1], jnp.diagonal(grams, axis1=-2, axis2=-1)
+    block, eye = grams.shape[-1], identity(grams)
+    diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
     scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
     grams = grams * scale[..., :, None] * scale[..., None, :]
-    eye = identity(grams)
     change = grams + block * 2.0**-22 * eye
-    change = lax.platform_dependent(change, cpu=_eliminated, default=_factorized)
+    change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
     change = _product(1.5 * eye - 0.5 * reached, change)
     return change * scale[..., None, :]
@@ -128,12 +145,12 @@ def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     return lax.linalg.triangular_solve(factor, identity(grams), left_side=True, lower=True)
 
 
-def _eliminated(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
-    """The same by Gaussian elimination on `[gram | 1]`, a row at a time for all matrices at once.
+def _factorized_on_cpu(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
+    return _eliminated(grams) if _lapack_hangs() else _factorized(grams)
 
-    For the CPU, where batched LAPACK hangs on several devices (`_eigh_on_cpu`). It is no slower:
-    a hundred matrices of 32 x 32 take 0.7 ms, with LAPACK 1.1 ms.
-    """
+
+def _eliminated(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
+    """The same by Gaussian elimination on `[gram | 1]`: row by row, for all matrices at once."""
     beside = jnp.concatenate([grams, identity(grams)], axis=-1)
 
     def next_row(i: Array, done: Array) -> Array:
@@ -143,7 +160,8 @@ def _eliminated(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
         row = row / jnp.sqrt(lax.dynamic_slice_in_dim(row, i, 1, axis=-1))
         return lax.dynamic_update_slice_in_dim(done, row, i, axis=-2)
 
-    done = lax.fori_loop(0, grams.shape[-1], next_row, jnp.zeros_like(beside))
+    n_rows = np.uint32(grams.shape[-1])  # unsigned: no index has to be looked at for its sign
+    done = lax.fori_loop(np.uint32(0), n_rows, next_row, jnp.zeros_like(beside))
     return lax.slice_in_dim(done, grams.shape[-1], beside.shape[-1], axis=-1)
 
 
@@ -154,6 +172,40 @@ def identity(grams: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
 
 def _product(x: Float[Array, "n a b"], y: Float[Array, "n b c"]) -> Float[Array, "n a c"]:
     return contract(x, y, ((2,), (1,)), ((0,), (0,)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def cut(stacked: Array, counts: Sequence[int]) -> list[Array]:
+    """Cuts an array apart along its first axis.
+
+    XLA:CPU compiles a kernel for each slice, about 10 ms, but equal kernels only once. What makes
+    them equal is that where a slice begins is data, hidden from the compiler. (It comes in a vector
+    that is no progression: those, and scalars, are written into the kernel.)
+    """
+    if len(counts) == 1:
+        return [stacked]
+    starts = np.cumsum([0, *counts[:-1]])
+    hidden = lax.optimization_barrier([np.array([n, 0, 1], np.uint32) for n in starts])
+    inner = stacked.shape[1:]
+    zeros = (np.uint32(0),) * len(inner)
+    return [
+        lax.dynamic_slice(
+            stacked, (lax.squeeze(lax.slice(start, (0,), (1,)), (0,)), *zeros), (count, *inner)
+        )
+        for start, count in zip(hidden, counts, strict=True)
+    ]
+
+
+@cut.defjvp
+def _(counts, primals, tangents):
+    """On the way back one concatenation; sums of padded slices compile in quadratic time."""
+    (stacked,), (change,) = primals, tangents
+    return cut(stacked, counts), list(lax.split(change, counts))
+
+
+def apart(stacked: Array) -> list[Array]:
+    """The entries of the first axis."""
+    return [lax.squeeze(part, (0,)) for part in cut(stacked, (1,) * len(stacked))]
 
 
 class Stack(NamedTuple):
@@ -167,7 +219,7 @@ class Stack(NamedTuple):
 
     def flat(self, values: Sequence[Array]) -> Array:
         """One value for each entry of each weight, as one vector."""
-        return self._join([x.reshape(-1) for x in map(_everywhere, values)])
+        return self._join([x.reshape(-1) for x in map(everywhere, values)])
 
     def matrices(self, matrices: Sequence[Array], fill: float) -> Float[Array, "n b b"]:
         """The matrices of all entries, padded to the largest with `fill` on the diagonal.
@@ -176,20 +228,15 @@ class Stack(NamedTuple):
         has no negative eigenvalue; 1 changes nothing in `orthonormalizer`.
         """
         largest = max(matrix.shape[-1] for matrix in matrices)
-        padded = [_pad(_everywhere(matrix), largest, fill) for matrix in matrices]
+        padded = [_pad(everywhere(matrix), largest, fill) for matrix in matrices]
         return self._join([x.reshape(-1, largest, largest) for x in padded])
 
-    def split(self, stacked: Array, sizes: Sequence[int]) -> list[Array]:
-        """Cuts an array apart: its first axis into entries, all others to the sizes given.
-
-        The derivative of `lax.split` is one concatenation. That of a slice for each weight is a
-        sum of as many padded arrays, which XLA:CPU compiles in more than quadratic time.
-        """
+    def split(self, stacked: Array, *sizes: Sequence[int]) -> list[Array]:
+        """Cuts an array apart: its first axis into entries, the others to the sizes given."""
         parts = []
-        entries = lax.split(stacked, [size(batch) for batch in self.batches])
-        for part, batch, limit in zip(entries, self.batches, sizes, strict=True):
-            inner = (limit,) * (stacked.ndim - 1)
-            if part.shape[1:] != inner:
+        entries = cut(stacked, [size(batch) for batch in self.batches])
+        for part, batch, *inner in zip(entries, self.batches, *sizes, strict=True):
+            if part.shape[1:] != tuple(inner):
                 part = lax.slice(part, (0,) * part.ndim, (len(part), *inner))
             parts.append(part.reshape(*batch, *inner))
         return parts
@@ -199,7 +246,7 @@ class Stack(NamedTuple):
         return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
-def _everywhere(x: Array) -> Array:
+def everywhere(x: Array) -> Array:
     """Small things are wanted by every device (meshes with explicit axes say so)."""
     return x if explicit_spec(x) is None else jax.sharding.reshard(x, PartitionSpec())
 

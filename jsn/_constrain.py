@@ -6,6 +6,7 @@ its own dtype. Must not know how sigma was found.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
 from jsn import _errors
 from jsn._block import Stack
@@ -35,21 +36,46 @@ def constrain(
     The factors of all weights are formed at once. They are formed and applied in at least
     float32; the cast to the dtype of `W` comes last. A zero weight stays zero.
     """
-    stack = Stack(tuple(sigma.shape for sigma in sigmas))
-    sigma = stack.flat(sigmas)
-    bound = _flat(stack, bounds, sigma.dtype)
-    scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
-    factor = _quotient(jnp.where(scaled, bound, 1), jnp.where(scaled, sigma, 1))
-    factors = stack.split(factor, [0] * len(leaves))
+    one = jnp.ndim(bounds[0]) == 0 and all(bound is bounds[0] for bound in bounds)
+    factors = _factors(soft, list(sigmas), list(bounds[:1] if one else bounds))
     return [_scaled(*each) for each in zip(leaves, factors, scales, strict=True)]
 
 
-def _flat(stack: Stack, bounds: Sequence[Any], dtype: Any) -> Array:
-    """Bounds, one for each entry of the flat sigmas; or one number, where all are the same."""
-    if all(bound is bounds[0] for bound in bounds) and jnp.ndim(bounds[0]) == 0:
-        return jnp.asarray(bounds[0], dtype)
-    full = zip(bounds, stack.batches, strict=True)
-    return stack.flat([jnp.broadcast_to(jnp.asarray(b, dtype), batch) for b, batch in full])
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _factors(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> list[Sigma]:
+    """What each weight is multiplied by, from all sigmas and all bounds, or their only one."""
+    return _split(soft, sigmas, bounds)[0]
+
+
+@functools.partial(_factors.defjvp, symbolic_zeros=True)
+def _(soft, primals, tangents):
+    """Without the square of sigma, which over- or underflows where sigma does not."""
+    (sigmas, bounds), (d_sigmas, d_bounds) = primals, tangents
+    factors, divisors = _split(soft, sigmas, bounds)
+    d_bounds = list(d_bounds) * (len(sigmas) // len(d_bounds))
+    return factors, list(map(_change, factors, divisors, d_sigmas, d_bounds))
+
+
+def _change(factor: Sigma, divisor: Sigma, d_sigma: Any, d_bound: Any) -> Sigma:
+    changes = []
+    if not isinstance(d_sigma, SymbolicZero):
+        changes.append(-factor * (d_sigma / divisor))
+    if not isinstance(d_bound, SymbolicZero):
+        changes.append(jnp.broadcast_to(d_bound.astype(factor.dtype), factor.shape) / divisor)
+    return sum(changes[1:], changes[0]) if changes else jnp.zeros_like(factor)
+
+
+def _split(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> tuple[list[Sigma], list[Sigma]]:
+    """For each weight its factor, and its sigma, or infinity where the factor is a constant."""
+    stack = Stack(tuple(sigma.shape for sigma in sigmas))
+    sigma = stack.flat(sigmas)
+    bound = jnp.asarray(bounds[0], sigma.dtype)
+    if len(bounds) > 1:
+        each = zip(bounds, stack.batches, strict=True)
+        bound = stack.flat([jnp.broadcast_to(jnp.asarray(b, sigma.dtype), n) for b, n in each])
+    scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
+    factor = jnp.where(scaled, bound, 1) / jnp.where(scaled, sigma, 1)
+    return stack.split(factor), stack.split(jnp.where(scaled, sigma, jnp.inf))
 
 
 def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
@@ -64,18 +90,6 @@ def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
         kept = [axis if n > 1 else None for axis, n in zip(spec, factor.shape, strict=True)]
         factor = jax.sharding.reshard(factor, PartitionSpec(*kept))
     return (W.astype(dtype) * factor).astype(W.dtype)
-
-
-@jax.custom_jvp
-def _quotient(bound: Sigma, sigma: Sigma) -> Sigma:
-    return bound / sigma
-
-
-@_quotient.defjvp
-def _(primals, tangents):
-    """Without the square of sigma, which over- or underflows where sigma does not."""
-    quotient = primals[0] / primals[1]
-    return quotient, tangents[0] / primals[1] - quotient * (tangents[1] / primals[1])
 
 
 def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:

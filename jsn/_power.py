@@ -34,7 +34,18 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jsn import _errors
-from jsn._block import NOISE, Stack, identity, lobpcg, orthonormalizer, probe, ritz, thirds
+from jsn._block import (
+    NOISE,
+    Stack,
+    among_kept,
+    everywhere,
+    identity,
+    lobpcg,
+    orthonormalizer,
+    probe,
+    ritz,
+    thirds,
+)
 from jsn._operator import Matrix, contract, explicit_spec, size
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
@@ -100,10 +111,10 @@ def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
     return probe((*batch, block, *operator.codomain(shape)), len(batch))
 
 
-@jax.jit  # traced once for each shape
-def usable(u: Block, largest: float = 2.0) -> Block:
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for each shape
+def usable(u: Block, n_batch: int, largest: float = 2.0) -> Block:
     """A block, with what is not finite or too large replaced: stored rows have length 1."""
-    fresh = probe(u.shape, 0)
+    fresh = probe(u.shape, n_batch)
     if explicit_spec(u) is not None:
         fresh = jax.sharding.reshard(fresh, jax.typeof(u).sharding)
     return jnp.where(jnp.abs(u) <= largest, u, fresh)  # a NaN is not
@@ -195,8 +206,9 @@ def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
     x, n_batch = fresh, len(weight.batch)
     if second.kept is not None:
         n_ritz, n_residual, _ = thirds(weight.block)
-        cut = functools.partial(lax.slice_in_dim, second.kept, axis=n_batch)
-        x = lax.concatenate([cut(0, n_ritz), fresh, cut(n_ritz + n_residual, None)], n_batch)
+        row = jnp.arange(weight.block).reshape(-1, *(1,) * (x.ndim - n_batch - 1))
+        is_fresh = (row >= n_ritz) & (row < n_ritz + n_residual)
+        x = jnp.where(is_fresh[(None,) * n_batch], fresh, second.kept)
     return jnp.where(_over(good, x), x, weight.u.astype(x.dtype))
 
 
@@ -210,22 +222,23 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     if not plain.all():
         block = next(weight.block for weight in weights if not weight.is_subspace)
         rows = jnp.where(_over(jnp.asarray(plain), rows), rows, lobpcg(basis, block))
-    seconds = _each(second_read, weights, firsts, stack.split(rows, blocks))
+    seconds = _each(second_read, weights, firsts, stack.split(rows, blocks, blocks))
 
     # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
     # repairs the rounding of the first, which is large where residuals are all but zero.
     grams = _each(_gram_of, weights, [second.fresh for second in seconds])
     changes = orthonormalizer(stack.matrices(grams, fill=1))
     good = jnp.isfinite(rows).all((-2, -1)) & jnp.isfinite(changes).all((-2, -1))
-    fresh = [
-        _mix(T, second.fresh)
-        for T, second in _zip(stack.split(changes, [w.n_leading for w in weights]), seconds)
-    ]
-    spans = _each(span, weights, seconds, fresh, stack.split(good, blocks))
+    if not plain.all():
+        changes = among_kept(changes, plain, block)
+    changes = stack.split(changes, blocks, [weight.n_leading for weight in weights])
+    fresh = [_mix(T, second.fresh) for T, second in _zip(changes, seconds)]
+    spans = _each(span, weights, seconds, fresh, stack.split(good))
     changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, spans), fill=1))
     # The identity leaves a block that is kept as it is, exactly.
     changes = jnp.where(_over(good, changes), changes, identity(changes))
-    new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(stack.split(changes, blocks), spans)]
+    changes = stack.split(changes, blocks, blocks)
+    new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
 
     # In plain subspace iteration fresh is y, but for a probe that float64 would notice.
     images = [
@@ -244,8 +257,7 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
     firsts = _each(read, weights)
     basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
-    best = stack.split(basis.vectors, blocks)
-    best = [lax.slice_in_dim(Q, 0, 1, axis=Q.ndim - 2) for Q in best]
+    best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
     vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
@@ -270,7 +282,7 @@ def _pairs(
 
 
 def _unit(stack: Stack, xs: Sequence[Array], norms: Float[Array, " n"]) -> list[Array]:
-    each = stack.split(_safe(norms), [0] * len(xs))  # one for each entry, no block axis to cut
+    each = stack.split(_safe(norms))
     return [x / _over(norm, x) for x, norm in _zip(xs, each)]
 
 
@@ -301,7 +313,7 @@ def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
         changes = orthonormalizer(stack.matrices(grams, fill=1))
         weights = [
             weight._replace(u=_mix(T, weight.u))
-            for T, weight in _zip(stack.split(changes, blocks), weights)
+            for T, weight in _zip(stack.split(changes, blocks, blocks), weights)
         ]
     return list(weights)
 
@@ -333,34 +345,31 @@ def _each(function: Callable, *lists: Sequence) -> list:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(operators: tuple[Operator, ...], weights: list[Weight], pairs: Pairs) -> Array:
-    """The sigmas of pairs, with the derivative d sigma = u^T dA v and no further read of W."""
-    del operators, weights
-    return pairs.sigma
+def with_derivative(
+    operators: tuple[Operator, ...], weights: list[Weight], pairs: Pairs
+) -> list[Sigma]:
+    """The sigma of each weight, with the derivative d sigma = u^T dA v: no further read of W."""
+    batches = [operator.batch(W.shape) for operator, W in _zip(operators, weights)]
+    # Not `Stack.split`: whoever joins these again, as `constrain` does, then has lost nothing.
+    parts = lax.split(pairs.sigma, [size(batch) for batch in batches])
+    return [part.reshape(batch) for part, batch in _zip(parts, batches)]
 
 
 @functools.partial(with_derivative.defjvp, symbolic_zeros=True)
 def _(operators, primals, tangents):
+    """Weight by weight: a vector of all sigmas would have to be cut apart on the way back."""
     (weights, pairs), changes = primals, tangents[0]
-    parts = []
-    for operator, W, dW, u, v in _zip(operators, weights, changes, pairs.u, pairs.v):
-        n_batch = len(operator.batch(W.shape))
-        if all(map(_is_zero, jax.tree.leaves(dW, is_leaf=_is_zero))):
-            parts.append(jnp.zeros(u.shape[:n_batch], u.dtype))
-            continue
-        dW = jax.tree.map(_instantiated, dW, is_leaf=_is_zero)
-        dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
-        parts.append(jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))))
-    stack = Stack(tuple(operator.batch(W.shape) for operator, W in _zip(operators, weights)))
-    return pairs.sigma, stack.flat(parts).astype(pairs.sigma.dtype)
+    sigmas = with_derivative(operators, weights, pairs)
+    return sigmas, _each(_change, operators, sigmas, changes, pairs.u, pairs.v)
 
 
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
-def _instantiated(x: Any) -> Array:
-    return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
+def _change(operator: Operator, sigma: Sigma, dW: Any, u: Array, v: Array) -> Sigma:
+    if isinstance(dW, SymbolicZero):
+        return jnp.zeros_like(sigma)
+    n_batch = sigma.ndim
+    dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
+    change = jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))).astype(sigma.dtype)
+    return everywhere(change)
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -419,11 +428,12 @@ def power_iterate(
     batch = operator.batch(W.shape)
     block = jnp.expand_dims(u, len(batch)) if single else u
     raw, block = lax.stop_gradient((W, jnp.asarray(block, jnp.float32)))
-    tracked = [Tracked(operator, raw, usable(block, float(jnp.finfo(block.dtype).max)))]
+    block = usable(block, len(batch), float(jnp.finfo(block.dtype).max))
+    tracked = [Tracked(operator, raw, block)]
     if n_steps:  # a caller's own vectors may have any lengths and angles
         tracked = orthonormal(tracked)
     pairs, (new,) = advance(tracked, n_steps)
-    sigma = with_derivative((operator,), [W], pairs).reshape(batch)
+    (sigma,) = with_derivative((operator,), [W], pairs)
     return sigma, (new if n_steps else block).reshape(u.shape).astype(u.dtype)
 
 

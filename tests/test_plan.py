@@ -1,6 +1,7 @@
 """Station 4: a whole tree at once gives what each weight alone gives, in a few batched calls."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,15 @@ def test_the_small_algebra_of_all_weights_is_one_batched_call(n_steps, expected)
         assert (counts["eigh"] / (1 + len(shapes)), counts["cholesky"]) == expected
 
 
-def test_weights_of_one_shape_share_their_thin_operations():
-    """More weights cost more reads and more slices, and nothing else."""
-    few, many = (cost(kernels(*[(20, 12)] * n), 1) for n in (2, 12))
+@pytest.mark.parametrize(("shape", "products"), [((20, 12), 0), ((120, 80), 2)])
+def test_weights_of_one_shape_share_their_operations(shape, products):
+    """More weights cost more slices; and two products each, where stacking would copy much."""
+    few, many = (cost(kernels(*[shape] * n), 1) for n in (2, 12))
     per_weight = {name for name in many if many[name] != few[name]}
     for name in ("concatenate", "pad", "reduce_max", "reduce_and", "reduce_precision", "sqrt"):
         assert name not in per_weight
         assert many[name] > 0
-    # Per weight: two reads, what is stacked and unstacked, and the division of the weight.
-    assert many["dot_general"] - few["dot_general"] == 10 * 2
+    assert many["dot_general"] - few["dot_general"] == 10 * products
 
 
 def test_the_gradient_pads_nothing_for_each_weight():
@@ -61,6 +62,25 @@ def test_the_gradient_pads_nothing_for_each_weight():
 
     assert paddings(9, 0) == paddings(3, 0)  # of one shape
     assert paddings(9, 1) == paddings(3, 1)  # all shapes differ
+
+
+def test_weights_of_one_shape_share_their_kernels():
+    """XLA:CPU compiles equal kernels once: what is done for each weight must not differ.
+
+    Where a slice begins differs, and is written into the kernel unless it is hidden.
+    """
+
+    def distinct(n: int) -> int:
+        params = kernels(*[(120, 80)] * n)
+        state = jsn.init(params, block_size=4, warmup=0)
+        norm = lambda params: sum(map(jnp.sum, jax.tree.leaves(jsn.normalize(params, state)[0])))
+        program = jax.jit(jax.grad(norm)).lower(params).compile().as_text()
+        found = re.findall(r"^%?fused_computation\S* [^\n]*\{\n(.*?)^\}", program, re.S | re.M)
+        assert found
+        return len({re.sub(r"%[\w.-]+|metadata=\{[^}]*\}", "", body) for body in found})
+
+    # Some differ between the first or the last and the others; one for each would be 12 more.
+    assert distinct(16) - distinct(4) < 6
 
 
 @pytest.mark.parametrize("block_size", [1, 8])
