@@ -50,11 +50,13 @@ def apply(bounds: Bounds, equation: Any, operands: list) -> list:
         inputs[i] = np.arange(start, start + size, dtype=np.int32).reshape(shape)
         starts.append(start)
         start += size
+    parts, dtype = [operands[i] for i in places], equation.outvars[0].aval.dtype
+    if equation.params.get("fill_value") is not None:  # a gather's, where an index is out of bounds
+        parts.append(np.asarray(equation.params["fill_value"], dtype))
+        starts.append(start)
     outputs = _fast(name, equation.params, inputs)
     if outputs is None:
-        outputs = _by_primitive(equation, inputs)
-    parts = [operands[i] for i in places]
-    dtype = equation.outvars[0].aval.dtype
+        outputs = _by_primitive(equation, inputs, start)
     return [joined(bounds, parts, starts, np.asarray(out), dtype, equation) for out in outputs]
 
 
@@ -66,14 +68,14 @@ def joined(
     dtype: Any,
     equation: Any = None,
 ) -> Any:
-    """The array whose entries are those of the parts with these labels; negative ones are free."""
+    """The array whose entries are those of the parts with these labels."""
     of = np.searchsorted(starts, labels, side="right") - 1
-    used = [int(i) for i in np.unique(of) if i >= 0]
+    used = [int(i) for i in np.unique(of)]
     dependent = [i for i in used if isinstance(parts[i], Value)]
-    if dependent == used and not (of < 0).any() and _alike([parts[i] for i in used]):
-        return _one_function(bounds, parts, starts, used, labels, of)
     if not dependent:
         return _constant(parts, starts, labels, of, dtype)
+    if dependent == used and _alike([parts[i] for i in used]):
+        return _one_function(bounds, parts, starts, used, labels, of)
     counted = []
     for i in dependent:
         size = parts[i].index.size
@@ -81,9 +83,9 @@ def joined(
         counted.append((parts[i], counts.reshape(parts[i].shape)))
     known = bounds.joined(counted)
     constants = [np.asarray(parts[i]).astype(np.float64) for i in used if i not in dependent]
-    low = min([known.low, *(float(x.min()) for x in constants if x.size)])
-    high = max([known.high, *(float(x.max()) for x in constants if x.size)])
-    if math.isnan(low) or math.isnan(high):
+    low = float(np.min([known.low, *(x.min() for x in constants)]))  # NaN if there is one
+    high = float(np.max([known.high, *(x.max() for x in constants)]))
+    if math.isnan(low):
         low, high = -math.inf, math.inf
     return bounds.new(labels.shape, known._replace(low=low, high=high), equation)
 
@@ -128,10 +130,11 @@ def _constant(parts: list, starts: list[int], labels: np.ndarray, of: np.ndarray
     return found
 
 
-def _by_primitive(equation: Any, inputs: list) -> list:
+def _by_primitive(equation: Any, inputs: list, fill: int) -> list:
+    """What the primitive makes of labels; `fill` is that of entries out of bounds."""
     params = dict(equation.params)
-    if "fill_value" in params:  # entries out of bounds: of no label
-        params["fill_value"] = -1
+    if params.get("fill_value") is not None:
+        params["fill_value"] = fill
     if equation.primitive.name == "scatter":
         params.update(update_jaxpr=None, update_consts=())
     found = equation.primitive.bind(*map(jnp.asarray, inputs), **params)

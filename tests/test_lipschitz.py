@@ -257,6 +257,10 @@ UNBOUNDED = {
     "kernel from x": (lambda x: jnp.convolve(x[0], x[1]), "conv_general_dilated"),
     "norm squared": (lambda x: jnp.sum(x * x, -1), "mul"),
     "nan": (lambda x: x * jnp.nan, "mul"),
+    "nan beyond the end": (
+        lambda x: jnp.tanh(x[:2]) * jnp.take(jnp.tanh(x), jnp.asarray([0, 7]), 0),
+        "mul",
+    ),
     "cumulative product": (lambda x: jnp.cumprod(x, -1), "cumprod"),
     "product over an axis": (lambda x: jnp.prod(x, -1), "reduce_prod"),
 }  # fmt: skip

@@ -115,6 +115,12 @@ EXACT = {
     "dynamic slice": (lambda x: lax.dynamic_slice(x, (1, 2), (2, 2)), x4),
     "update a slice": (lambda x: lax.dynamic_update_slice(x, 3 * x[:1, :1], (2, 2)), x4),
     "set rows": (lambda x: x.at[jnp.asarray([2])].set(5.0), x4),
+    "overwritten": (lambda x: x * x.at[:].set(3.0), x4),
+    "filled beyond the end": (
+        lambda x: x * x.at[jnp.asarray([7, 8, 9])].get(mode="fill", fill_value=5.0),
+        x4,
+    ),
+    "split in front of all": (lambda x: lax.split(x, (0, 3))[1], x4),
     "add rows up": (lambda x: jax.ops.segment_sum(x, jnp.asarray([1, 1, 0]), 3), x4),
     "sort": (lambda x: jnp.sort(x, 0), x4),
     "top k": (lambda x: lax.top_k(x, 2)[0], x4),
@@ -189,6 +195,10 @@ ABOVE = {
     "within two limits": (lambda x: jnp.where((x > -1) & (x < 1), x, jnp.sign(x)), x4),
     "not above": (lambda x: jnp.where(~(x > 0), 0.0, x), x4),
     "chosen of three": (lambda x: lax.select_n(CHOICE, x, 2 * x, jnp.tanh(x)), x4),
+    "partly filled": (
+        lambda x: jnp.tanh(x[:2]) * jnp.take(jnp.tanh(x), jnp.asarray([0, 7]), 0, fill_value=9.0),
+        x4,
+    ),
     "rounded to integers": (lambda x: x + 0 * jnp.floor(x).astype(int).astype(x.dtype), x4),
 }  # fmt: skip
 
