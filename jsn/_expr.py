@@ -213,8 +213,7 @@ class Pool:
         return None
 
     def _select(self, condition: Expr, off: Expr, on: Expr) -> Expr | None:
-        if condition.value is not None:
-            return on if condition.value else off
+        del condition  # one that does not depend on the variable makes no expression
         return on if on is off else None
 
     def _clamp(self, low: Expr, x: Expr, high: Expr) -> Expr:

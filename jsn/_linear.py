@@ -79,8 +79,7 @@ def conv_general_dilated(shape: tuple[int, ...], W: Any, params: dict) -> float 
         return _largest(upper_bound(K, operator=operator))
     if groups == 1 and all(step == 1 for step in strides) and min(map(min, pads)) >= 0:
         operator = Conv((*sizes, shape[lhs[1]]), ups, tuple(pads), dilation, transpose=True)
-        if operator.problem(K.shape) is None:
-            return _largest(upper_bound(K, operator=operator))
+        return _largest(upper_bound(K, operator=operator))
     # Zeros between the inputs: the transposed map of a convolution with that stride. Outputs that
     # a stride skips, and padding, only take rows or columns away from the infinite grid.
     window = K.shape[:-2]

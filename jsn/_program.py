@@ -77,11 +77,10 @@ def _inner(equation: Equation) -> Any:
     """
     if equation.primitive.name not in _CALLS:
         return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = equation.params.get(key)
-        if inner is not None:
-            return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
-    return None
+    keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inner = next((equation.params[key] for key in keys if key in equation.params), None)
+    bare = inner is not None and not hasattr(inner, "consts")
+    return core.ClosedJaxpr(inner, ()) if bare else inner
 
 
 _CALLS = frozenset(

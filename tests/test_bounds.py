@@ -21,7 +21,7 @@ from matrices import PROBLEMS, gaussian, true_norm
 from oracles import assert_certified, certifies, dense, exactly_bounds, hard_layer, hard_matrix
 
 import jsn
-from jsn import _bounds, _rounding, _symbol
+from jsn import _bounds, _certify, _rounding, _symbol
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 narrow = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -119,6 +119,13 @@ def test_bounds_hold_where_the_largest_eigenvalue_is_an_estimate(n):
     ):
         assert_certified(jsn.upper_bound(W), true_norm(W))
         assert jsn.upper_bound(W) <= true_norm(W) * (1 + 1e-6)
+
+
+def test_an_estimate_that_falls_short_costs_another_guess_and_no_more():
+    W = np.diag(1 - np.linspace(0, 1, 400) ** 8)  # too many large eigenvalues for Lanczos
+    estimate = _certify.top(np.asfortranarray(W * W))
+    assert estimate < 1 - 1e-7  # below the guesses that are made of it
+    assert 1 <= jsn.upper_bound(W) <= 1 + 1e-9
 
 
 # --- soundness of convolutions -------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from networks import Network, bound_model, gaussian, networks, norm, orthogonal
 
 import jsn
+from jsn import _program
 
 NETWORKS = networks()
 BOUNDS: dict[str, float] = {}
@@ -261,6 +262,16 @@ UNBOUNDED = {
         lambda x: jnp.tanh(x[:2]) * jnp.take(jnp.tanh(x), jnp.asarray([0, 7]), 0),
         "mul",
     ),
+    "root of what may be negative": (lambda x: jnp.sqrt(x**2 - 1), "integer_pow"),
+    "added up by x": (lambda x: jax.ops.segment_sum(x, jnp.argmax(x, 1), 4), "argmax"),
+    "sorted by x where constants tie": (
+        lambda x: jax.lax.sort((jnp.zeros((4, 4)), x, -x), num_keys=2)[2],
+        "sort",
+    ),
+    "chosen of three by x": (
+        lambda x: jax.lax.select_n(x.astype(jnp.int32), x, 2 * x, 3 * x),
+        "convert_element_type",
+    ),
     "cumulative product": (lambda x: jnp.cumprod(x, -1), "cumprod"),
     "product over an axis": (lambda x: jnp.prod(x, -1), "reduce_prod"),
 }  # fmt: skip
@@ -275,6 +286,16 @@ def test_what_is_not_lipschitz_is_refused_by_name_and_line(name):
     if primitive is not None:
         assert f"`{primitive}`" in message
     assert f"{__file__}:" in message
+
+
+def test_a_loop_is_followed_only_so_far(monkeypatch):
+    half = lambda carry: (carry[0] + 1, carry[1] / 2)
+    fn = lambda x: jax.lax.while_loop(lambda carry: carry[0] < 9, half, (0, x))[1]
+    monkeypatch.setattr(_program, "_MOST_ROUNDS", 10)
+    assert jsn.lipschitz_bound(fn, jnp.ones(3)) == 2**-9
+    monkeypatch.setattr(_program, "_MOST_ROUNDS", 9)
+    with pytest.raises(ValueError, match=r"`while`.*\n.*\n.*runs too long"):
+        jsn.lipschitz_bound(fn, jnp.ones(3))
 
 
 def test_weights_that_are_not_finite_are_refused():

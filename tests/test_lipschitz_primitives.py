@@ -40,11 +40,17 @@ def check(fn, x, exact: bool, slack: float = 2e-6):
 
 x4, image = jnp.ones((3, 4)), jnp.ones((2, 5, 6, 4))
 W, tensor = gaussian(4, 5), gaussian(4, 3, 2)
+STACK = jnp.stack([2 * jnp.eye(4), W[:, :4]])
 indices = jnp.asarray([[0, 2], [2, 2], [1, 0]])
 
 
 def _running_down(x):
     return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 2 * c[1]), (0, x))[1]
+
+
+def _weights_out_of_a_scan(x):
+    x, doubled = lax.scan(lambda y, A: (3 * y, 2 * A), x, STACK)
+    return x @ doubled[1]
 
 
 def _dilated(x):
@@ -81,6 +87,12 @@ EXACT = {
     "a batch of matrices": (lambda x: jnp.einsum("bi,bij->bj", x, gaussian(3, 4, 5)), x4),
     "mixing tokens": (lambda x: jnp.einsum("st,btd->bsd", gaussian(3, 5), x), jnp.ones((2, 5, 4))),
     "integers": (lambda x: x @ jnp.arange(8.0).reshape(4, 2).astype(int), x4),
+    "zeros": (lambda x: x @ jnp.zeros((4, 2)), x4),
+    "a kernel of zeros": (
+        lambda x: lax.conv_general_dilated(x[:, None], jnp.zeros((1, 1, 2)), (1,), "VALID"),
+        x4,
+    ),
+    "a mask and a condition": (lambda x: jnp.where((x > 0) & (jnp.eye(3, 4) < 1), x, 0.0), x4),
     "a scale": (lambda x: x * W[:, 0], jnp.ones((4, 4))[0]),
     "a division": (lambda x: x / jnp.asarray([2.0, 0.5, 3.0, -4.0]), jnp.ones(4)),
     "a sum": (lambda x: x.sum(1), x4),
@@ -142,6 +154,10 @@ EXACT = {
     "remat": (jax.checkpoint(lambda x: x @ W), x4),
     "doubling in a loop": (lambda x: lax.fori_loop(0, 3, lambda i, y: 2 * y, x), x4),
     "running down": (_running_down, x4),
+    "a scan over weights": (lambda x: lax.scan(lambda y, A: (y @ A, None), x, STACK)[0], x4),
+    "weights out of a scan": (_weights_out_of_a_scan, x4),
+    "a scan of no rounds": (lambda x: 2 * lax.scan(lambda y, _: (y * y, y), x, None, 0)[0], x4),
+    "printing": (lambda x: (jax.debug.print("x is here"), 2 * x)[1], x4),
     "a branch": (lambda x: lax.cond(W[0, 0] > 9, lambda y: y * 5, lambda y: y * 2, x), x4),
     "a switch": (lambda x: lax.switch(1, [lambda y: y, lambda y: 3 * y], x), x4),
     "the identity, dilated": (_dilated, jnp.ones((1, 1, 5))),
@@ -193,6 +209,8 @@ ABOVE = {
     "root as a power": (lambda x: lax.pow(jnp.abs(x) + 1, jnp.full_like(x, 0.5)), x4),
     "zeroth power": (lambda x: x * lax.integer_pow(jnp.tanh(x), 0), x4),
     "within two limits": (lambda x: jnp.where((x > -1) & (x < 1), x, jnp.sign(x)), x4),
+    "a bias in one of two gates": (lambda x: jnp.tanh(x + W[:1, :4]) * jax.nn.sigmoid(x), x4),
+    "sums in two orders": (lambda x: jnp.tanh(x.sum(1)) + x.sum(1)[::-1], x4),
     "not above": (lambda x: jnp.where(~(x > 0), 0.0, x), x4),
     "chosen of three": (lambda x: lax.select_n(CHOICE, x, 2 * x, jnp.tanh(x)), x4),
     "partly filled": (
@@ -216,6 +234,10 @@ MASK = jnp.eye(3, 4) > 0
 
 def _sum(x):
     return x.sum(1, keepdims=True)
+
+
+def _norm(x):
+    return jnp.sqrt(_sum(x * x))
 
 
 def _shifted_exp(x):
@@ -246,6 +268,14 @@ NEAR_MISSES = {
     "other masked entries": lambda x: (
         jnp.where(MASK, 5.0, x) / jnp.sqrt(0.1 + _sum(jnp.where(MASK, 7.0, x * x)))
     ),
+    "over another norm": lambda x: x / (0.1 + _norm(x * RAMP)),
+    "over what may vanish": lambda x: x / (_norm(x) - 0.25),
+    "over two norms": lambda x: x / (0.1 + _norm(x) + jnp.abs(_norm(x))),
+    "over what is no root": lambda x: x / jnp.cosh(_sum(x)),
+    "over squares": lambda x: x / (1 + _sum(x * x)),
+    "over the larger of two": lambda x: x * lax.rsqrt(jnp.maximum(_sum(x * x), _sum(x))),
+    "a root of three factors": lambda x: x / jnp.sqrt(1 + _sum(x * x) * _sum(jnp.tanh(x)) ** 2),
+    "the logarithm of another sum": lambda x: x - jnp.log(1 + _sum(jnp.abs(x))),
     "what was taken off is not added": lambda x: jnp.log(_sum(_shifted_exp(x))),
     "twice the maximum, once the minimum": lambda x: jnp.concatenate(
         [2 * jnp.maximum(x[:, :2], x[:, 2:]), jnp.minimum(x[:, :2], x[:, 2:])], 1

@@ -228,6 +228,14 @@ ACTIVATIONS = {
     "huber": (lambda x: jnp.where(jnp.abs(x) < 1, 0.5 * x * x, jnp.abs(x) - 0.5), 1),
     "triangle wave": (lambda x: jnp.where((x > -1) & (x < 1), 1 - jnp.abs(x), 0.0), 1),
     "quadratic on a bounded range": (lambda x: jax.nn.sigmoid(x) ** 2, 8 / 27),
+    "root of a square": (lambda x: jnp.sqrt(x * x), 1),
+    "clamp": (lambda x: jax.lax.clamp(-1.0, x, 2.0), 1),
+    "below infinity": (lambda x: jnp.minimum(x, jnp.inf), 1),
+    "inverse of a product": (lambda x: 1 / (2 * (1 + x * x)), 3 * math.sqrt(3) / 16),
+    "almost softplus": (lambda x: jax.nn.relu(x) + jnp.log1p(jnp.exp(-jnp.abs(2 * x))), 1),
+    "over the norm and a floor": (lambda x: x / (0.25 + jnp.sqrt(jnp.sum(x * x))), 4),
+    "over the norm or a floor": (lambda x: x / jnp.maximum(jnp.sqrt(jnp.sum(x * x)), 0.25), 4),
+    "by a root with a floor": (lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x), 0.25)), 2),
     "log of what is at least 1": (lambda x: jnp.log(1 + x * x), 1), "nothing": (lambda x: 0 * x, 0),
 }  # fmt: skip
 
