@@ -330,6 +330,28 @@ def test_a_decorated_instance_may_be_handed_in():
     assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(made["sn_state"])
 
 
+def test_a_module_without_parameters_may_be_handed_in():
+    @jsn.linen.spectral_norm
+    class Head(nn.Module):
+        drop: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(6, use_bias=False)(self.drop(x))
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.drop = nn.Dropout(0.5, deterministic=True)
+            self.head = Head(self.drop)
+
+        def __call__(self, x):
+            return self.head(x)
+
+    made = Outer().init(KEY, jnp.eye(6))
+    assert list(made["sn_state"]) == list(made["params"]) == ["head"]
+    assert spectral(Outer().apply(made, jnp.eye(6))) == pytest.approx(1, abs=1e-5)
+
+
 def test_decorated_within_decorated_is_normalized_to_the_same():
     inner = jsn.linen.spectral_norm(nn.Dense)
 

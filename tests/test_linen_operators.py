@@ -4,6 +4,7 @@ import collections
 import functools
 import re
 import warnings
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -210,6 +211,15 @@ def test_per_head_is_for_attention_alone():
     assert read(nn.DenseGeneral((4, 3)), X, per_head=True) == plain
     assert len(read(nn.SelfAttention(2), X, per_head=True)) == 4
 
+    class Gated(nn.MultiHeadDotProductAttention):
+        @nn.compact
+        def __call__(self, x):
+            return nn.DenseGeneral(8, name="gate")(x) * super().__call__(x)
+
+    rules = read(Gated(2), X, per_head=True)
+    assert same(rules["gate/kernel"], (8, 8), Matrix())
+    assert same(rules["query/kernel"], (8, 2, 4), Matrix(0, 2, 1))
+
 
 # --- lifted axes ----------------------------------------------------------------------------------
 
@@ -264,6 +274,35 @@ def test_two_lifts_are_found_in_either_order():
 
     (operator,) = read(Outer(), jnp.ones((3, 4))).values()
     assert same(operator, (4, 4, 4, 4), Matrix(1, 3, (0, 2)))
+
+
+class Twofold(nn.Module):
+    """A module without parameters."""
+
+    def __call__(self, x):
+        return 2 * x
+
+
+OUTSIDE = Twofold()  # of no model: nothing is to be read there
+
+
+def test_code_that_looks_at_lifted_weights_does_not_hide_their_axis():
+    class Doubled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, use_bias=False)(OUTSIDE(x))
+
+    class Penalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
+            layer = nn.vmap(Doubled, in_axes=None, axis_size=8, **options)()
+            y = layer(x)
+            kernel = layer.variables["params"]["Dense_0"]["kernel"]
+            return y, jnp.sum(kernel) + kernel.mean()
+
+    (operator,) = read(Penalized(), jnp.ones((2, 8))).values()
+    assert same(operator, (8, 8, 8), Matrix(0, 2, 1))
 
 
 def test_a_mixture_of_experts_is_a_batch_of_experts():
@@ -395,6 +434,83 @@ def test_an_unknown_layer_in_a_lifted_stack_is_told_with_its_batch_axis():
     assert "jsn.Matrix(in_axis=0, out_axis=2, batch_axis=1)" in message
 
 
+class Using(nn.Module):
+    """A layer with one parameter, and any use of it."""
+
+    shape: tuple
+    use: Callable
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return self.use(x, self.param("w", nn.initializers.normal(), self.shape)), None
+
+
+def _halves(x, w):
+    return jnp.einsum("bnd,hde->bnhe", x, w.reshape(2, 8, 3))
+
+
+USES = {
+    "cast and negated": ((8, 4), lambda x, w: x @ -w.astype(x.dtype), "in_axis=0, out_axis=1"),
+    "squeezed": (
+        (1, 8, 4),
+        lambda x, w: x @ jnp.squeeze(w, 0),
+        "in_axis=1, out_axis=2, batch_axis=0",
+    ),
+    "merged": ((2, 4, 3), lambda x, w: x @ w.reshape(8, 3), "in_axis=(0, 1), out_axis=2"),
+    # Which axis is which can no longer be told:
+    "cut in halves": ((16, 3), _halves, None),
+    "joined": ((8, 2), lambda x, w: x @ jnp.concatenate([w, w], 1), None),
+    "joined and turned": ((2, 8), lambda x, w: x @ jnp.concatenate([w, w]).T, None),
+    "scanned by itself": (
+        (8, 4),
+        lambda x, w: x @ jax.lax.scan(lambda carry, row: (carry, -row), 0, w)[1],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_use_of_a_parameter_is_read_from_the_program(name):
+    shape, use, axes = USES[name]
+    rules, message = told(Using(shape, use), X.astype(jnp.bfloat16))
+    assert rules == {"w": None}
+    suggestion = f'; its program uses it as ("^w$", jsn.Matrix({axes}))' if axes else ""
+    assert f"w: Using is no layer that jsn knows{suggestion}\n" in message
+
+
+def test_nothing_is_suggested_for_a_lifted_weight_whose_axes_were_guessed():
+    class Naked(nn.Module):
+        """Keeps Flax from telling the axis, by a look at raw variables."""
+
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
+            stack = nn.scan(Using, length=8, **options)((8, 8), lambda x, w: jnp.tanh(x @ w))
+            y = stack(x, None)[0]
+            w = stack.variables["params"]["w"]
+            assert self.is_initializing() or isinstance(w, jax.Array)
+            return y
+
+    rules, message = told(Naked(), X)
+    assert rules == {"ScanUsing_0/w": None}
+    assert "w: Using is no layer that jsn knows\n" in message
+
+
+def test_a_weight_that_is_changed_between_model_and_layer_is_told():
+    turn = functools.partial(jax.tree.map, jnp.transpose)
+
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = self.is_initializing()
+            layer = nn.map_variables(nn.Dense, "params", turn, turn, init=init, mutable=False)
+            return layer(4, use_bias=False)(x)
+
+    rules, message = told(Turned(), X)
+    assert list(rules.values()) == [None]
+    assert "its layer gets shape (8, 4): it is changed on its way there" in message
+
+
 class Standardized(nn.Conv):
     """Changes its kernel before it uses it, as weight standardization does."""
 
@@ -453,6 +569,10 @@ def test_a_weight_that_the_call_does_not_use_is_told():
     with pytest.warns(UserWarning, match="b/kernel: this call does not use it"):
         jsn.linen.init_state(model, {"params": params}, X)
     assert read(Heads(), X, method="other") == {"b/kernel": Matrix()}
+    # The default rules go by name, and so does what this call does not use.
+    plain = jsn.linen.spectral_norm(Heads)()
+    state = jax.eval_shape(lambda: jsn.linen.init_state(plain, {"params": params}, X))
+    assert dict(state["spectral_norm"].operators)["b/kernel"] == Matrix()
 
 
 # --- one layer, several sizes ---------------------------------------------------------------------
