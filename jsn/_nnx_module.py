@@ -189,7 +189,7 @@ def run_on_copy(module: nnx.Module, copy: nnx.Module, function: Find) -> Any:
 
 def set_attribute(node: Any, name: Any, value: Any) -> None:
     """Sets an attribute of an nnx object, or an element of an nnx.List (early flax 0.12)."""
-    if isinstance(name, int):
+    if isinstance(name, int):  # pragma: no cover - early flax 0.12 alone
         node[name] = value
     else:
         setattr(node, name, value)

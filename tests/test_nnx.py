@@ -19,6 +19,8 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
 class Net(nnx.Module):
     """Two layers, a list of layers, batch statistics, random keys, a second argument."""
 
+    kind = "net"
+
     def __init__(self, rngs):
         self.first = nnx.Linear(8, 16, rngs=rngs)
         self.norm = nnx.BatchNorm(16, rngs=rngs)
@@ -35,6 +37,9 @@ class Net(nnx.Module):
     def count(self):
         self.calls += 1
         return self.calls
+
+    def forget(self):
+        del self.calls
 
     @property
     def kernel(self):
@@ -238,6 +243,7 @@ def test_nnx_view_gives_an_eval_view():
     assert view.use_running_average
     assert not wrapper.use_running_average
     np.testing.assert_allclose(view(X), view(X))
+    assert not nnx.view(wrapper, deterministic=True).use_running_average  # not its switch
 
 
 def test_training_in_a_closure_says_what_to_do():
@@ -439,6 +445,7 @@ def test_methods_properties_and_submodules_see_normalized_weights():
     assert len(wrapper.rest) == len(list(wrapper.rest)) == 1
     assert norm(wrapper.kernel) == pytest.approx(1, rel=1e-5)
     assert wrapper.about() == "static"
+    assert wrapper.kind == "net"
     assert "Linear" in repr(wrapper.first)
 
 
@@ -460,6 +467,8 @@ def test_attributes_are_set_where_they_are():
     assert not hasattr(wrapper.module, "tag")
     with pytest.raises(AttributeError, match="nothing"):
         wrapper.nothing  # noqa: B018
+    wrapper.forget()
+    assert not hasattr(wrapper.module, "calls")
 
 
 def test_a_property_takes_no_power_step():
@@ -482,6 +491,28 @@ def test_attention_is_the_matrix_its_layers_apply():
     W = np.asarray(plain.out.kernel[...])
     assert norm(W.reshape(8, 8)) == pytest.approx(1, rel=1e-4)
     np.testing.assert_array_equal(plain.query.bias[...], module.query.bias[...])
+
+
+EINSUMS = [
+    ("bi, io -> bo", (3, 4), jsn.Matrix(in_axis=(0,), out_axis=(1,))),
+    ("bhi,hio->bho", (2, 3, 4), jsn.Matrix(in_axis=(1,), out_axis=(2,), batch_axis=(0,))),
+    ("bi,opi->bop", (5, 6, 3), jsn.Matrix(in_axis=(2,), out_axis=(0, 1))),
+    # No matrix of its equation, and so the one that the default rules know:
+    ("bi...,io->bo...", (3, 4), jsn.Matrix()),
+    ("bi,kio->bo", (2, 3, 4), jsn.Matrix()),
+]
+
+
+def test_the_equation_of_an_einsum_tells_its_axes():
+    class Layers(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (2, 2), rngs=rngs)
+            for index, (equation, shape, _) in enumerate(EINSUMS):
+                setattr(self, f"einsum{index}", nnx.Einsum(equation, shape, rngs=rngs))
+
+    wrapper = jsn.nnx.spectral_norm(Layers(nnx.Rngs(0)), block_size=1, warmup=0)
+    expected = {f"einsum{index}/kernel": operator for index, (*_, operator) in enumerate(EINSUMS)}
+    assert dict(wrapper.operators) == {"conv/kernel": jsn.Matrix(), **expected}
 
 
 @pytest.mark.slow
@@ -558,6 +589,15 @@ def test_bound_as_a_tree_of_numbers_is_static():
     assert norm(plain.first.kernel) == pytest.approx(0.5, rel=1e-4)
     assert norm(plain.rest[0].kernel) == pytest.approx(3, rel=1e-4)
     hash(nnx.split(wrapper)[0])
+
+
+def test_bound_as_a_tree_of_arrays_is_data():
+    layer, _ = scaled(4)
+    wrapper = jsn.nnx.spectral_norm(layer, bound={"kernel": jnp.float32(0.5), "bias": None})
+    plain = jsn.nnx.fold(wrapper)
+    assert norm(plain.kernel) == pytest.approx(0.5, rel=1e-5)
+    wrapper.bound = jax.tree.map(lambda x: 2 * x, wrapper.bound)
+    assert norm(jsn.nnx.fold(wrapper).kernel) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize(
