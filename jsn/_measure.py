@@ -308,7 +308,7 @@ def _estimate(W: np.ndarray, operator: Operator, exponent: int, bound: Any) -> n
     u = init({"w": x}, rules=(("w", operator),)).u["w"]
     goal = np.inf if bound is None else np.ldexp(bound, -exponent) * (1 - 1e-6)
     old = sigma = np.zeros(())
-    for _ in range(20):
+    for _ in range(20):  # pragma: no branch - a limit, and no weight is known that meets it
         found, u = _iterate(x, u, n_steps=10, operator=operator)
         sigma = np.asarray(found, np.float64)
         sigma = sigma if exact else np.asarray(np.ldexp(sigma, -exponent))

@@ -127,6 +127,13 @@ def test_a_side_above_1024_is_estimated_and_says_so(monkeypatch):
     assert both == pytest.approx([truth, 3 * truth], rel=1e-5)
 
 
+def test_an_estimate_goes_on_until_it_settles(monkeypatch):
+    monkeypatch.setattr(_measure, "LARGEST_SVD", 24)
+    crowded = 1 - np.linspace(0, 1, 200) ** 8  # ten steps do not tell these apart
+    row = only(np.diag(crowded).astype(np.float32))
+    assert 1 - 2e-6 <= row.sigma <= 1 + 1e-6
+
+
 def test_a_long_matrix_is_reduced_slice_by_slice(monkeypatch):
     monkeypatch.setattr(_measure, "_SLICE", 64)
     for shape in ((1000, 7), (7, 1000), (3, 3, 50, 6)):
@@ -301,6 +308,7 @@ PARAMS = {
     "[red]<b>$x": {"kernel": np.zeros((2, 2))},
     "nan\x1b[31m": {"kernel": np.full((2, 2), np.nan)},
     "stack": {"kernel": gaussian(2, 3, 4, 5)},
+    "singular stack": {"kernel": np.ones((3, 2, 2))},
 }
 RULES = (("stack", jsn.Matrix(in_axis=1, batch_axis=0)), *jsn.FLAX)
 
@@ -359,6 +367,8 @@ def test_json_is_valid_and_complete(audit, tmp_path):
     assert "sigma is not a number" in broken["warnings"]
     assert rows["[red]<b>$x/kernel"]["condition"] is None
     assert "condition is infinite" in rows["[red]<b>$x/kernel"]["warnings"]
+    twins = rows["singular stack/kernel"]
+    assert (twins["condition"], twins["warnings"]) == ([None] * 3, ["condition is infinite"])
     assert content["product"] is None
     assert content["left_alone"][0]["path"] == "Dense_2/bias"
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import struct
 import subprocess
 import sys
@@ -448,6 +449,27 @@ def test_a_reader_that_leaves_is_no_error(tmp_path, monkeypatch):
     )
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_a_closed_pipe_is_written_to_no_more(tmp_path, monkeypatch):
+    def closed(audit):
+        raise BrokenPipeError
+
+    save(str(tmp_path / "x.npz"), {"a/kernel": KERNEL})
+    monkeypatch.setattr(command, "_show", closed)
+    with open(tmp_path / "pipe", "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert command.main(["audit", str(tmp_path / "x.npz")]) == 1
+        print("lost", flush=True)  # as at exit, when Python flushes what is left
+    assert (tmp_path / "pipe").read_text() == ""
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jsn", "audit", "nothing.npz"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("jsn audit: nothing.npz: ")
 
 
 def test_the_demo_of_a_clone(run, monkeypatch, tmp_path):

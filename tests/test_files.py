@@ -11,6 +11,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,7 +21,7 @@ import pytest
 from flax import serialization
 
 from benchmarks.reliability import fuzz
-from jsn._files import Unreadable, _entry, open_checkpoint
+from jsn._files import Unreadable, _entry, _orbax, open_checkpoint
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((6, 4)).astype(np.float32)
@@ -382,6 +383,38 @@ def test_hostile_archives(put):
     )
 
 
+def test_a_list_too_long_is_refused_in_large_archives_too(put):
+    plain = npz(member(HEADER % "(2,)", bytes(8)))
+    zip64 = b"PK\6\6" + bytes(36) + struct.pack("<Q", 2**24 + 1) + bytes(8)
+    end = b"PK\5\6" + bytes(8) + b"\xff\xff\xff\xff" + bytes(6)
+    problems = look(put("x.npz", plain[:-22] + bytes(2**24) + zip64 + end))[1]
+    assert "list of members of 16777217 bytes: refused" in problems[""]
+
+
+def test_a_member_that_breaks_off_in_the_middle_leaves_the_others_readable(put):
+    noise = np.random.default_rng(0).bytes(120_000)  # stored in blocks, each with its length
+    content = npz(member(HEADER % "(30000,)", noise), zipfile.ZIP_DEFLATED)
+    at = content.index(noise[1000:1100])
+    content = content[: at + 60_000] + bytes(50_000) + content[at + 110_000 :]
+    arrays, problems = look(put("x.npz", content))
+    assert {*arrays} == {"good"}
+    assert problems["bad"].startswith("is corrupt: Error -3 while decompressing data")
+    arrays, problems = look(put("x.npz", content[: at + 60_000]))
+    assert {*arrays} == {"good"}
+    assert problems["bad"].startswith("is cut off: the file ends ")
+
+
+def test_a_compressed_member_is_unpacked_piece_by_piece(tmp_path):
+    x = np.repeat(np.arange(8, dtype=np.float32), 2**18)  # 8 MiB, of which little is left
+    np.savez_compressed(tmp_path / "x.npz", x=x)
+    same(read(tmp_path / "x.npz")["x"], x)
+    # Nothing, a million bytes long, and then a little:
+    stream = b"\0\0\0\xff\xff" * 2**18 + zlib.compress(KERNEL.tobytes(), wbits=-15)
+    found = np.empty(KERNEL.nbytes, np.uint8)
+    _entry.fill(found, _entry.inflate(io.BytesIO(stream), 0, len(stream)))
+    assert found.tobytes() == KERNEL.tobytes()
+
+
 def test_a_zip_bomb_is_refused(put):
     content = npz(member(HEADER % "(25000000,)", bytes(100_000_000)), zipfile.ZIP_DEFLATED)
     assert len(content) < 10**6
@@ -568,6 +601,12 @@ def test_hostile_metadata(tmp_path, content, match):
         open_checkpoint(tmp_path)
 
 
+def test_a_directory_of_too_many_arrays_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(_orbax, "MOST_ENTRIES", 1)
+    with pytest.raises(Unreadable, match="more than 1 entries: refused"):
+        open_checkpoint(checkpoint)
+
+
 def test_names_do_not_lead_out_of_the_directory(checkpoint, tmp_path):
     path = altered(
         checkpoint, tmp_path, "_METADATA", lambda x: x.replace(b'"key": "bad"', b'"key": "../good"')
@@ -584,7 +623,16 @@ def test_hostile_arrays_of_orbax(checkpoint, tmp_path):
         info = json.loads(content)
         return json.dumps(info | {"dtype": "<U4"}).encode()
 
-    for change, match in ((resized, "claim to unpack"), (text, "cannot be read"), (bytes, "")):
+    def raw(content):
+        info = json.loads(content)
+        return json.dumps(info | {"dtype": "|V4", "fill_value": None}).encode()
+
+    for change, match in (
+        (resized, "claim to unpack"),
+        (text, "cannot be read"),
+        (raw, "unknown dtype"),
+        (bytes, ""),
+    ):
         path = altered(checkpoint, tmp_path, "bad/.zarray", change)
         arrays, problems = look(path)
         assert {*arrays} == {"good", "bad"} - {*problems}
