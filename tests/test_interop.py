@@ -843,6 +843,9 @@ def test_bad_nnx_models_are_told():
     state = jsn.init(params, rules=[("layers/0", None), *jsn.FLAX])
     with pytest.raises(ValueError, match="layers/0/kernel: is not normalized by the state"):
         interop.to_flax_nnx(params, state, wrapped)
+    wrapped.layers[0].layer_instance.kernel = nnx.Param(jnp.ones((6, 5)))
+    with pytest.raises(ValueError, match=r"\(1, 8\): does not fit .* of shape \(6, 5\)"):
+        interop.from_flax_nnx(wrapped)
 
 
 # --- Haiku ---------------------------------------------------------------------------------------
@@ -874,6 +877,20 @@ def test_a_haiku_parameter_tree_comes_and_goes(hk):
         assert np.array_equal(back[module]["u0"], entries["u0"])
         W = params["mlp/~/linear_" + module[-4]]["w"]
         assert back[module]["sigma"] == pytest.approx(np.linalg.norm(W @ entries["u0"][0]), 1e-5)
+
+
+def test_a_haiku_vector_that_fits_two_parameters_is_given_by_name():
+    """Also where Haiku is not installed."""
+    params = {"layer": {n: jnp.ones(s) for n, s in (("w", (6, 4)), ("a", (4, 7)), ("b", (2, 7)))}}
+    vector = lambda n: {"u0": jnp.ones((1, n)), "sigma": jnp.ones(())}
+    hk_state = {"layer/spectral_norm": vector(4), "layer/~/early": vector(7)}
+    with pytest.raises(ValueError, match="may belong to layer/a or layer/b"):
+        interop.from_haiku(params, hk_state)
+    names = {"layer/~/early": "layer/a"}
+    state = interop.from_haiku(params, hk_state, names=names)
+    assert [path for path, _ in state.operators] == ["layer/a", "layer/w"]
+    back = interop.to_haiku(params, state, hk_state, names=names)
+    assert back["layer/~/early"]["sigma"] == pytest.approx(np.sqrt(4 * 7), rel=1e-6)
 
 
 @pytest.mark.slow
