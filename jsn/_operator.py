@@ -50,7 +50,9 @@ def explicit_spec(x: Array) -> list | None:
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    return [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    # A spec with unreduced axes refuses to be unpacked, in those JAX that have `partitions`.
+    spec = getattr(sharding.spec, "partitions", sharding.spec)
+    return [*spec, *[None] * (x.ndim - len(spec))]
 
 
 def _placed(

@@ -284,6 +284,15 @@ def test_every_dtype_is_bounded_as_it_is(dtype):
             assert bound <= norm * 1.001 + 5e-324
 
 
+def test_float64_on_the_device_is_bounded_in_float64():
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(True):
+        W = np.eye(4) * (1 + 2.0**-40)
+        bound = jsn.upper_bound(jnp.asarray(W), method="gram")
+    assert bound.dtype == np.float64
+    assert 1 + 2.0**-40 <= bound <= 1 + 2.0**-39
+
+
 @pytest.mark.parametrize("method", ["cholesky", "gram"])
 def test_float64_of_numpy_needs_no_x64(method):
     W = np.array([[1 + 2.0**-40]])

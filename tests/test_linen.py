@@ -262,6 +262,17 @@ def test_a_module_decorated_within_a_plain_one_loads_too():
     assert jax.tree.structure(state) == jax.tree.structure(made["sn_state"])
 
 
+def test_a_kernel_that_is_no_matrix_is_told():
+    @jsn.linen.spectral_norm
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x * self.param("kernel", nn.initializers.ones, (6,))[None])
+
+    with pytest.raises(ValueError, match=r"kernel: shape \(6,\), .* needs at least 2 axes"):
+        Scaled().init(KEY, X)
+
+
 def test_what_is_no_linen_class_is_refused():
     for target, found in ((nn.Dense(3), "an instance of Dense"), (len, "len"), (3, r"3 \(int\)")):
         with pytest.raises(TypeError, match=f"expected a flax.linen.Module class, found .*{found}"):

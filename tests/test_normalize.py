@@ -338,6 +338,22 @@ def test_an_ensemble_vmaps_and_its_state_is_that_of_a_stack():
     assert sigmas(params, state)["kernel"].shape == (4,)
 
 
+def test_a_state_of_stacked_convolutions_is_seen_for_what_it_is():
+    kernels = gaussian(0, 2, 3, 3, 2, 4)
+    conv = jsn.Conv((5, 5, 2))
+    init = functools.partial(jsn.init, rules=[("kernel", conv)], block_size=4)
+    params = {"kernel": jnp.asarray(kernels)}
+    found = sigmas(params, jax.jit(jax.vmap(init))(params))["kernel"]
+    assert found == pytest.approx([jsn.upper_bound(K, operator=conv) for K in kernels], rel=1e-3)
+
+
+def test_a_state_that_tracks_nothing_changes_nothing():
+    params, state = {"kernel": 2 * jnp.eye(3)}, jsn.SNState({"kernel": None}, ())
+    normalized, new = jsn.normalize(params, state)
+    assert np.array_equal(normalized["kernel"], params["kernel"])
+    assert new == state
+
+
 def test_layers_scan():
     params = {"kernel": jnp.asarray(gaussian(10, 4, 20, 20))}
     state = jax.jit(jax.vmap(functools.partial(jsn.init, block_size=6)))(params)

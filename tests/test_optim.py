@@ -491,6 +491,25 @@ def test_bounds_as_a_tree():
         np.testing.assert_allclose(list(norms(params).values()), [0.5, 0.25], rtol=1e-3)
 
 
+def test_a_bound_for_each_matrix_of_a_stack():
+    params = {"stack": jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 6)), jnp.float32)}
+    bounds = jnp.asarray([0.5, 1.0, 2.0])
+    tx = jsn.optim.hard_cap(bounds, rules=[("stack", jsn.Matrix(batch_axis=0))])
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    capped = np.asarray(params["stack"] + updates["stack"])
+    np.testing.assert_allclose(np.linalg.norm(capped, 2, axis=(1, 2)), bounds, rtol=1e-4)
+
+
+def test_without_steps_the_vectors_stay_as_they_are():
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)}
+    tx = jsn.optim.keep_spectral_norm_below(1.0, n_steps=0)
+    state = tx.init(params)
+    updates, new = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert np.linalg.norm(params["kernel"] + updates["kernel"], 2) == pytest.approx(1, rel=1e-4)
+    np.testing.assert_array_equal(new.sn_state.u["kernel"], state.sn_state.u["kernel"])
+
+
 def test_errors():
     params = make_params()
     for name, tx in transformations().items():

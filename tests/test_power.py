@@ -407,6 +407,20 @@ def test_a_step_reads_the_weight_twice_whatever_the_block(block):
     assert reads(jax.value_and_grad(sigma(1)), W, u) == 2
 
 
+def test_a_cpu_that_is_one_device_takes_batched_eigenvalues_at_once(monkeypatch):
+    grams = jnp.asarray(gaussian(0, 5, 4, 4))
+    grams @= jnp.swapaxes(grams, 1, 2)
+    eigh = lambda grams: _block._eigh_on_cpu(grams)  # a new function: nothing traced before
+    values, vectors = eigh(grams)
+    assert "scan" in str(jax.make_jaxpr(eigh)(grams))  # of several, one matrix after another
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    eigh = lambda grams: _block._eigh_on_cpu(grams)
+    assert "scan" not in str(jax.make_jaxpr(eigh)(grams))
+    at_once, same = eigh(grams)
+    np.testing.assert_allclose(at_once, values, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(same), np.abs(vectors), atol=1e-4)
+
+
 def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
     W, u = jnp.ones((31, 37)), rows(41, 8, 37)
     assert jaxprs.largest_constant(lambda W, u: jsn.power_iterate(W, u, 3), W, u) <= 1

@@ -109,6 +109,21 @@ class Layer:
     bias: jax.Array
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Named:
+    """A node whose keys are of no kind that JAX knows."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def tree_flatten_with_keys(self):
+        return (("own name", self.weight),), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
 TREES = {
     "dict": ({"a": {"b": 0}}, "a/b"),
     "list": ([0], "0"),
@@ -117,6 +132,7 @@ TREES = {
     "dataclass": (Layer(0, None), "kernel"),
     "int key": ({3: 0}, "3"),
     "slash in key": ({"a/b": 0}, "a/b"),
+    "own keys": ({"a": Named(0)}, "a/own name"),
     "a bare leaf": (0, ""),
 }
 
@@ -155,3 +171,8 @@ def test_boxes_are_opened_for_the_state_and_kept_for_the_weights():
         assert np.allclose(leaf, jnp.eye(3), atol=1e-6)
     sigmas = jsn.sigmas(boxes, state)
     assert np.isclose(sigmas["linen"]["kernel"], 4)
+    # A box that was emptied, as by a tree map that gives None for frozen weights, is no weight.
+    boxes["linen"] = jax.tree.map(lambda _: None, boxes["linen"])
+    state = jax.eval_shape(jsn.init, boxes)
+    assert set(dict(state.operators)) == {"logical/kernel", "nnx/kernel"}
+    assert jax.tree.leaves(jax.eval_shape(jsn.normalize, boxes, state)[0]["linen"]) == []

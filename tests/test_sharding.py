@@ -246,6 +246,20 @@ def test_what_cannot_be_kept_is_refused_by_name_and_all_at_once():
     assert "fine" not in str(error.value)
 
 
+@pytest.mark.skipif(not hasattr(P(), "unreduced"), reason="this JAX has no unreduced sums yet")
+def test_sums_that_are_not_reduced_yet_are_refused():
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+
+    def init(a, b):
+        W = jnp.einsum("ij,jk->ik", a, b, out_sharding=P(None, None, unreduced={"model"}))
+        return jsn.init({"kernel": W}, warmup=0)
+
+    with jax.set_mesh(mesh):
+        a, b = (jax.device_put(jnp.ones((6, 6)), s) for s in (P(None, "model"), P("model")))
+        with pytest.raises(ValueError, match=r"kernel: .* holds sums that are not reduced"):
+            jax.eval_shape(init, a, b)
+
+
 def test_a_sharded_window_is_not_gathered_silently():
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     assert mesh.axis_types == (AxisType.Explicit,)
