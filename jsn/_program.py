@@ -79,8 +79,7 @@ def _inner(equation: Equation) -> Any:
         return None
     keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next((equation.params[key] for key in keys if key in equation.params), None)
-    bare = inner is not None and not hasattr(inner, "consts")
-    return core.ClosedJaxpr(inner, ()) if bare else inner
+    return inner if inner is None or hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
 
 
 _CALLS = frozenset(

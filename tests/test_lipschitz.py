@@ -211,6 +211,11 @@ def by_its_own_spread(x):
     return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
 
 
+def by_another_norm(x):
+    apart = x - x.mean(-1, keepdims=True)
+    return x / (0.1 + jnp.sqrt(jnp.sum(apart * apart, -1, keepdims=True)))
+
+
 def slice_by_x(x):
     return jax.lax.dynamic_slice(x, (x[0, 0].astype(jnp.int32), 0), (1, 4))
 
@@ -229,6 +234,7 @@ UNBOUNDED = {
     "attention": (attention, "dot_general"),
     "gated": (lambda x: jax.nn.sigmoid(x @ W) * (x @ Q), "mul"),
     "layer norm without floor": (by_its_own_spread, "div"),
+    "by the norm of something else": (by_another_norm, "div"),
     "variance": (lambda x: x.var(-1), "square"),
     "round": (lambda x: jnp.round(x), "round"),
     "floor": (lambda x: jnp.floor(x), "floor"),

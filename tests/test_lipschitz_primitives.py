@@ -268,7 +268,6 @@ NEAR_MISSES = {
     "other masked entries": lambda x: (
         jnp.where(MASK, 5.0, x) / jnp.sqrt(0.1 + _sum(jnp.where(MASK, 7.0, x * x)))
     ),
-    "over another norm": lambda x: x / (0.1 + _norm(x * RAMP)),
     "over what may vanish": lambda x: x / (_norm(x) - 0.25),
     "over two norms": lambda x: x / (0.1 + _norm(x) + jnp.abs(_norm(x))),
     "over what is no root": lambda x: x / jnp.cosh(_sum(x)),
