@@ -248,7 +248,8 @@ def test_what_cannot_be_kept_is_refused_by_name_and_all_at_once():
 
 @pytest.mark.skipif(not hasattr(P(), "unreduced"), reason="this JAX has no unreduced sums yet")
 def test_sums_that_are_not_reduced_yet_are_refused():
-    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    kind = (AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("model",), axis_types=kind, devices=jax.devices()[:2])
 
     def init(a, b):
         W = jnp.einsum("ij,jk->ik", a, b, out_sharding=P(None, None, unreduced={"model"}))
