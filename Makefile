@@ -54,8 +54,8 @@ test: suite x64 newest  ## all but the slow tests, and the core again: 64-bit, n
 suite: $(VENV)/.has-test  ## all but the slow tests
 	$(call pytest,$(VENV),$(FAST))
 
-x64: $(VENV)/.has-test  ## the core tests in 64-bit JAX
-	$(call pytest,JAX_ENABLE_X64=1 $(VENV),$(FAST) $(X64_TESTS))
+x64: $(VENV)/.has-test  ## the core tests in 64-bit JAX, where the CPU is one device, not eight
+	$(call pytest,JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=1 $(VENV),$(FAST) $(X64_TESTS))
 
 ifneq ($(strip $(NEWEST_PYTHON)),)
 newest: .venv-newest/.has-test  ## the core tests on the newest JAX

@@ -140,6 +140,12 @@ def assign(params: PyTree, rules: Rules, call: str) -> tuple[list[Leaf], Callabl
     return leaves, rebuild
 
 
+def covers(params: PyTree, rules: Rules | str) -> bool:
+    """Whether rules give any leaf an operator; in place of "operators", those of Flax."""
+    compiled = _check(FLAX if isinstance(rules, str) else rules, "jsn.init")
+    return any(_first_match(leaf, compiled) is not None for leaf in flatten(params)[0])
+
+
 def _first_match(leaf: Leaf, compiled: Sequence[tuple[re.Pattern, Any]]) -> Operator | None:
     found = next((op for pattern, op in compiled if pattern.search(leaf.path)), None)
     if found is None or leaf.value is None:

@@ -24,7 +24,7 @@ from jsn._linen_operators import describe, tell
 from jsn._linen_operators import operators as operators
 from jsn._power import check_count
 from jsn._read_linen import Reader, Reading
-from jsn._rules import FLAX, Rules, flatten, refined
+from jsn._rules import FLAX, Rules, covers, flatten, refined
 from jsn._types import PyTree, SNState
 
 COLLECTION = "sn_state"
@@ -223,6 +223,7 @@ def _call(
     """What runs inside the lifted scope: creates what is missing, normalizes, calls `fn`."""
     scopes = scope_fn(groups, rngs)
     roots = list({id(scope.root): scope.root for scope in _leaves(scopes)}.values())
+    mine = _leaves(scopes)[-1].root  # those of modules that were handed in come first
     training = roots[0].is_mutable_collection(COLLECTION)
     making = roots[0].get_flag("initializing", False) and roots[0].is_mutable_collection("params")
     creating = making or _creating.get()
@@ -244,15 +245,15 @@ def _call(
     views, own = [], []
     for index, (root, tree, state) in enumerate(zip(roots, params, states, strict=True)):
         raw, old = tree.get("params"), state.get(COLLECTION, {}).get(_NAME)
-        if creating and raw:
+        if not raw or (root is not mine and not covers(raw, settings.rules)):
+            views.append(tree)  # a module handed in that has nothing to normalize
+            own.append({})
+            continue
+        if creating:
             prefix = "".join(f"{name}/" for name in root.path)
             seen_here = {path.removeprefix(prefix): x for path, x in reader.seen.items()}
             reading = Reading(raw, seen_here, functools.partial(run, index))
             old = _create(raw, old, settings, reading)
-        if not raw or (old is None and root is not roots[0]):
-            views.append(tree)  # a module passed in that has nothing to normalize
-            own.append({})
-            continue
         if old is None:
             raise ValueError(_errors.no_linen_state("/".join(root.path) or "the model"))
         steps = n_steps if training and not creating else 0
@@ -264,8 +265,8 @@ def _call(
     y = fn(scopes, *args, **kwargs)
     _, states, rest = repack(scopes)
     merged = tuple(
-        {COLLECTION: inner} if (inner := {**unfreeze(state.get(COLLECTION, {})), **mine}) else {}
-        for state, mine in zip(states, own, strict=True)
+        {COLLECTION: inner} if (inner := {**unfreeze(state.get(COLLECTION, {})), **new}) else {}
+        for state, new in zip(states, own, strict=True)
     )
     return y, (made, merged, rest)
 

@@ -341,26 +341,42 @@ def test_a_decorated_instance_may_be_handed_in():
     assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(made["sn_state"])
 
 
-def test_a_module_without_parameters_may_be_handed_in():
+@pytest.mark.parametrize(
+    ("part", "parts"),
+    [
+        (lambda: nn.Dropout(0.5, deterministic=True), ["head"]),
+        (lambda: nn.Dense(6, use_bias=False), ["head", "part"]),
+        (nn.LayerNorm, ["head", "part"]),  # parameters, but no weight
+    ],
+)
+def test_any_module_may_be_handed_in(part, parts):
     @jsn.linen.spectral_norm
     class Head(nn.Module):
-        drop: nn.Module
+        part: nn.Module
 
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(6, use_bias=False)(self.drop(x))
+            return nn.Dense(6, use_bias=False)(self.part(x))
 
     class Outer(nn.Module):
         def setup(self):
-            self.drop = nn.Dropout(0.5, deterministic=True)
-            self.head = Head(self.drop)
+            self.part = part()
+            self.head = Head(self.part)
 
         def __call__(self, x):
             return self.head(x)
 
     made = Outer().init(KEY, jnp.eye(6))
-    assert list(made["sn_state"]) == list(made["params"]) == ["head"]
-    assert spectral(Outer().apply(made, jnp.eye(6))) == pytest.approx(1, abs=1e-5)
+    assert sorted(made["params"]) == parts
+    weights = [name for name in parts if "kernel" in str(made["params"][name])]
+    assert sorted(made["sn_state"]) == weights
+    y, updates = Outer().apply(made, jnp.eye(6), mutable=["sn_state"])
+    assert spectral(y) <= (1 + 1e-5 if "scale" not in str(made["params"]) else np.inf)
+    assert jax.tree.structure(updates["sn_state"]) == jax.tree.structure(made["sn_state"])
+    for name in weights:
+        lost = {"sn_state": {k: x for k, x in made["sn_state"].items() if k != name}}
+        with pytest.raises(ValueError, match=f"{name} was applied without its"):
+            Outer().apply(made | lost, jnp.eye(6))
 
 
 def test_decorated_within_decorated_is_normalized_to_the_same():

@@ -407,18 +407,22 @@ def test_a_step_reads_the_weight_twice_whatever_the_block(block):
     assert reads(jax.value_and_grad(sigma(1)), W, u) == 2
 
 
-def test_a_cpu_that_is_one_device_takes_batched_eigenvalues_at_once(monkeypatch):
+def test_a_cpu_that_is_one_device_calls_lapack_for_all_matrices_at_once(monkeypatch):
     eigh, shapes = _block._eigh, set()
     monkeypatch.setattr(_block, "_eigh", lambda grams: shapes.add(grams.shape) or eigh(grams))
     grams = jnp.asarray(gaussian(0, 5, 4, 4))
     grams @= jnp.swapaxes(grams, 1, 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     values, vectors = _block._eigh_on_cpu(grams)
-    assert shapes == {(4, 4)}  # on several devices: one matrix after another
+    regular = grams + _block.identity(grams)
+    inverses = _block._factorized_on_cpu(regular)
+    assert shapes == {(4, 4)}  # one matrix after another
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     at_once, same = _block._eigh_on_cpu(grams)
     assert shapes == {(4, 4), (5, 4, 4)}
     np.testing.assert_allclose(at_once, values, rtol=1e-5)
     np.testing.assert_allclose(np.abs(same), np.abs(vectors), atol=1e-4)
+    np.testing.assert_allclose(_block._factorized_on_cpu(regular), inverses, atol=1e-5)
 
 
 def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
