@@ -32,7 +32,6 @@ def contenders() -> dict[str, Callable[[], Contender]]:
         "jsn, block 8": lambda: ours(block_size=8),
         "jsn, block 16": lambda: ours(block_size=16),
         "jsn, default": ours,
-        "only the products of block 1": lambda: products(block_size=1),
         "only the products of block 8": lambda: products(block_size=8),
         "only the products of the default": products,
         "Flax linen": flax_linen,

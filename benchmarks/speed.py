@@ -58,11 +58,11 @@ FULL: dict[str, Any] = {
     "step_seconds": 20.0,
     "depth": 4,
     "uses": (1, 2, 4, 8),
-    "layers": (10, 30, 100, 300),
+    "layers": (10, 30, 100, 300, 1000),
     "widths": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
     "growth_seconds": 2.5,
     "compile_seconds": 3.0,
-    "compile_limit": 45.0,
+    "compile_limit": 30.0,
 }
 SMOKE: dict[str, Any] = FULL | {
     "smoke": True,

@@ -59,6 +59,8 @@ def thirds(block: int) -> tuple[int, int, int]:
 
 def ritz(grams: Float[Array, "n b b"]) -> Basis:
     """The Ritz basis of blocks, from the Gram matrices of their images."""
+    if grams.shape[-1] == 1:
+        return Basis(grams[..., 0], jnp.ones_like(grams))  # of a single vector, itself
     values, vectors = lax.platform_dependent(grams, cpu=_eigh_on_cpu, default=_eigh)
     return Basis(values[..., ::-1], jnp.swapaxes(vectors, -1, -2)[..., ::-1, :])
 
@@ -131,6 +133,8 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     block, eye = grams.shape[-1], identity(grams)
     diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
     scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    if block == 1:
+        return jnp.where(jnp.isfinite(grams), scale[..., None], jnp.nan)
     grams = grams * scale[..., :, None] * scale[..., None, :]
     change = grams + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
