@@ -53,7 +53,7 @@ FULL: dict[str, Any] = {
     "without": (),
     "steps": 32,
     "seconds": 16.0,
-    "equal_steps": (1, 2, 4, 8, 16, 32, 64),
+    "equal_steps": (1, 2, 4, 8, 16, 32, 64, 128),
     "batches": (4, 32),
     "step_seconds": 20.0,
     "depth": 4,

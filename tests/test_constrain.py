@@ -258,3 +258,37 @@ def test_bound_and_scale_do_not_change_the_dtype_of_a_weight(dtype):
         assert jax.eval_shape(function, params)["kernel"].dtype == dtype
         gradient = jax.grad(lambda p, f=function: f(p)["kernel"].sum())
         assert jax.eval_shape(gradient, params)["kernel"].dtype == dtype
+
+
+@pytest.mark.parametrize("n_weights", [1, 3])
+def test_second_derivatives_are_those_of_fixed_singular_vectors(n_weights):
+    """A pair tracked is a constant: sigma is u^T W v, and c W / sigma is differentiated as such."""
+    W, C = gaussian(0, n_weights, 5, 4), gaussian(1, n_weights, 5, 4)
+    U, _, Vt = np.linalg.svd(W)
+    trees = [{str(i): {"kernel": jnp.asarray(x)} for i, x in enumerate(each)} for each in (W, C)]
+    params, direction = trees
+    state = jsn.init(params)  # a block as wide as the side is exact
+
+    def ours(params):
+        return loss(jsn.normalize(params, state)[0])
+
+    def expected(params):
+        quotients = {}
+        for i, (key, entry) in enumerate(params.items()):
+            sigma = U[i, :, 0] @ entry["kernel"] @ Vt[i, 0]
+            quotients[key] = {"kernel": entry["kernel"] / sigma}
+        return loss(quotients)
+
+    def loss(tree):
+        products = jax.tree.map(lambda x, c: jnp.vdot(x, c) ** 2, tree, direction)
+        return sum(jax.tree.leaves(products))
+
+    def products_with_the_hessian(function):
+        forward = jax.jvp(jax.grad(function), (params,), (direction,))[1]
+        along = lambda params: jax.jvp(function, (params,), (direction,))[1]
+        return forward, jax.grad(along)(params)
+
+    for found in products_with_the_hessian(ours):
+        for key, entry in products_with_the_hessian(expected)[0].items():
+            scale = np.abs(entry["kernel"]).max()
+            np.testing.assert_allclose(found[key]["kernel"], entry["kernel"], atol=2e-5 * scale)

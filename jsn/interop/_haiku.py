@@ -118,9 +118,9 @@ def _layout(names: Mapping[str, str] | None) -> Layout:
     def candidates(key: Parts, params: Sequence[Parts]) -> Iterator[Sequence[Parts]]:
         if key in chosen:
             yield [chosen[key]]
-            return
-        yield [path for path in params if _tree_name(path) == key[-1]]
-        yield [path for path in params if _scope(path) == _scope(key)]
+        else:
+            yield [path for path in params if _tree_name(path) == key[-1]]
+            yield [path for path in params if _scope(path) == _scope(key)]
 
     fix = (
         "Expected one parameter (..., n) for each u0 of shape (1, n). Say which with "
