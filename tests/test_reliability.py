@@ -56,3 +56,11 @@ def test_a_mode_that_is_run_again_takes_the_place_of_its_row():
     stored = [row("default", 1), row("x64", 2)]
     again = modes.merged(stored, [row("default", 3), row("new", 4)])
     assert again == [row("default", 3), row("x64", 2), row("new", 4)]
+
+
+def test_each_mode_says_with_which_version_of_jsn_it_ran():
+    row = {"versions": "JAX 1", "passed": 5, "failed": 0, "seconds": 7}
+    rows = [row | {"mode": "default", "jsn": "abc"}, row | {"mode": "x64", "jsn": "def"}]
+    text = _page._modes({"rows": rows, "tests": ["tests/a.py"]})
+    assert "| JAX 1: `default` | 5 | 0 | 7 | abc |" in text
+    assert "| JAX 1: `x64` | 5 | 0 | 7 | def |" in text

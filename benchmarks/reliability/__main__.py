@@ -76,10 +76,12 @@ def _soak(options: argparse.Namespace) -> Any:
 
 def _modes(options: argparse.Namespace) -> Any:
     total = sum(len(modes.chosen(name, options.modes)) for name in options.environments)
+    version = {"jsn": _report.circumstances()["jsn"]}  # rows of several versions come together
     with _bar("modes", total) as tick:
         rows = modes.run(options.environments, options.modes, options.tests, tick)
     stored = _report.read_json(STORED).get("modes", {"rows": []})["rows"]
-    return {"rows": modes.merged(stored, rows), "tests": options.tests}
+    rows = modes.merged(stored, [row | version for row in rows])
+    return {"rows": rows, "tests": options.tests}
 
 
 def _coverage(_: argparse.Namespace) -> Any:

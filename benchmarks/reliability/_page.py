@@ -121,11 +121,12 @@ def _modes(result: Result) -> str:
             str(row["passed"]),
             str(row["failed"]),
             f"{row['seconds']}",
+            row["jsn"],
         ]
         for row in result["rows"]
     ]
     files = ", ".join(f"`{test}`" for test in result["tests"])
-    head = ["versions and mode", "passed", "failed", "seconds"]
+    head = ["versions and mode", "passed", "failed", "seconds", "jsn"]
     left = "".join(f"\n\n`{m.name}` leaves out {m.why}." for m in modes.MODES if m.why)
     return f"The core tests: {files}.\n\n{_report.table(head, rows)}{left}"
 
