@@ -46,7 +46,12 @@ MODES = (
         "mode keeps to run again what has failed",
     ),
     Mode("jax_check_tracer_leaks", {"JAX_CHECK_TRACER_LEAKS": "1"}),
-    Mode("jax_disable_jit", {"JAX_DISABLE_JIT": "1"}),
+    Mode(
+        "jax_disable_jit",
+        {"JAX_DISABLE_JIT": "1"},
+        without="donates",
+        why="the one that wants its arguments donated: what is not compiled donates nothing",
+    ),
 )
 
 
