@@ -16,8 +16,12 @@ from benchmarks.speed import CASES, OTHERS
 NOT_YET = "Not measured yet: `python -m benchmarks speed` on a quiet machine fills this in."
 ABSENT = "–"
 PLAIN, FLAX, OURS = "no normalization", "Flax linen", "jsn, default"
-PRODUCTS = ("only the products of block 8", "only the products of the default")
-RAW = (PLAIN, "copy of the weights", *PRODUCTS)
+RAW = (
+    PLAIN,
+    "copy of the weights",
+    "only the products of block 8",
+    "only the products of the default",
+)
 """Rows that do not normalize."""
 
 Result = Mapping[str, Any]

@@ -121,11 +121,10 @@ def floor(model: nn.Module, each_pass: bool) -> Forward:
         return W / sigma, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
 
     def both(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
-        kernels, others = traverse_util.flatten_dict(params), {}
-        next_us = dict(us)
-        for path, u in us.items():
-            others[path], next_us[path] = normalized(kernels[path], u)
-        return traverse_util.unflatten_dict(kernels | others), next_us
+        leaves = traverse_util.flatten_dict(params)
+        pairs = {path: normalized(leaves[path], u) for path, u in us.items()}
+        leaves |= {path: scaled for path, (scaled, _) in pairs.items()}
+        return traverse_util.unflatten_dict(leaves), {path: u for path, (_, u) in pairs.items()}
 
     def forward(params: PyTree, us: PyTree, inputs: Sequence[jax.Array]) -> Any:
         outputs, scaled = [], None
