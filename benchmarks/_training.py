@@ -115,7 +115,7 @@ def floor(model: nn.Module, each_pass: bool) -> Forward:
         v = weight.operator.rmatvec(raw, u)[: weight.n_leading]
         y = weight.operator.matvec(raw, v)
         # As if it had converged: all is of the right size, whatever was found.
-        pairs = Pairs(jnp.linalg.norm(v[0])[None], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
+        pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)
         # No compiler may see that the next pass would find the same.
         return W / sigma, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)

@@ -179,37 +179,45 @@ def _product(x: Float[Array, "n a b"], y: Float[Array, "n b c"]) -> Float[Array,
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def cut(stacked: Array, counts: Sequence[int]) -> list[Array]:
-    """Cuts an array apart along its first axis.
+def cut(stacked: Array, batches: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Cuts an array apart: its first axis becomes the batch axes of one part after the other.
 
     XLA:CPU compiles a kernel for each slice, about 10 ms, but equal kernels only once. What makes
     them equal is that where a slice begins is data, hidden from the compiler. (It comes in a vector
     that is no progression: those, and scalars, are written into the kernel.)
     """
-    if len(counts) == 1:
-        return [stacked]
-    starts = np.cumsum([0, *counts[:-1]])
+    if len(batches) == 1:
+        return [stacked.reshape(*batches[0], *stacked.shape[1:])]
+    starts = np.cumsum([0, *map(size, batches[:-1])])
     hidden = lax.optimization_barrier([np.array([n, 0, 1], np.uint32) for n in starts])
+    return [_part(stacked, start, batch) for start, batch in zip(hidden, batches, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=2)  # traced once for each shape
+def _part(stacked: Array, start: Array, batch: tuple[int, ...]) -> Array:
     inner = stacked.shape[1:]
-    zeros = (np.uint32(0),) * len(inner)
-    return [
-        lax.dynamic_slice(
-            stacked, (lax.squeeze(lax.slice(start, (0,), (1,)), (0,)), *zeros), (count, *inner)
-        )
-        for start, count in zip(hidden, counts, strict=True)
-    ]
+    begin = (start[0], *(np.uint32(0) for _ in inner))
+    return lax.dynamic_slice(stacked, begin, (size(batch), *inner)).reshape(*batch, *inner)
 
 
 @cut.defjvp
-def _(counts, primals, tangents):
+def _(batches, primals, tangents):
     """On the way back one concatenation; sums of padded slices compile in quadratic time."""
     (stacked,), (change,) = primals, tangents
-    return cut(stacked, counts), list(lax.split(change, counts))
+    return cut(stacked, batches), split(change, batches)
+
+
+def split(stacked: Array, batches: Sequence[tuple[int, ...]]) -> list[Array]:
+    """The same in the open: for parts that someone joins again, as if they had never been apart."""
+    parts = lax.split(stacked, [size(batch) for batch in batches])
+    return [
+        part.reshape(*batch, *part.shape[1:]) for part, batch in zip(parts, batches, strict=True)
+    ]
 
 
 def apart(stacked: Array) -> list[Array]:
     """The entries of the first axis."""
-    return [lax.squeeze(part, (0,)) for part in cut(stacked, (1,) * len(stacked))]
+    return cut(stacked, ((),) * len(stacked))
 
 
 class Stack(NamedTuple):
@@ -237,13 +245,15 @@ class Stack(NamedTuple):
 
     def split(self, stacked: Array, *sizes: Sequence[int]) -> list[Array]:
         """Cuts an array apart: its first axis into entries, the others to the sizes given."""
-        parts = []
-        entries = cut(stacked, [size(batch) for batch in self.batches])
-        for part, batch, *inner in zip(entries, self.batches, *sizes, strict=True):
-            if part.shape[1:] != tuple(inner):
-                part = lax.slice(part, (0,) * part.ndim, (len(part), *inner))
-            parts.append(part.reshape(*batch, *inner))
-        return parts
+        entries = cut(stacked, self.batches)
+        if not sizes:
+            return entries
+        return [
+            part
+            if part.shape[len(batch) :] == tuple(inner)
+            else lax.slice(part, (0,) * part.ndim, (*batch, *inner))
+            for part, batch, *inner in zip(entries, self.batches, *sizes, strict=True)
+        ]
 
     def _join(self, parts: Sequence[Array]) -> Array:
         dtype = np.result_type(*[part.dtype for part in parts])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jsn import _power
-from jsn._block import apart
+from jsn._block import apart, cut, split
 from jsn._operator import Matrix, explicit_spec
 from jsn._power import Pairs, Tracked, full_side, start, usable
 from jsn._sharding import landing
@@ -100,10 +100,12 @@ def _together(members: Sequence[Tracked]) -> Tracked:
     return Tracked(group, _Weights(tuple(weights)), u)  # type: ignore
 
 
-def _members(groups: Sequence[Sequence[int]], found: Sequence[Array]) -> Iterator[Array]:
+def _members(
+    groups: Sequence[Sequence[int]], found: Sequence[Array], cut: Callable = cut
+) -> Iterator[Array]:
     """What groups have found, for each of their members."""
     for group, x in zip(groups, found, strict=True):
-        yield from apart(x) if len(group) > 1 else [x]
+        yield from cut(x, ((),) * len(group)) if len(group) > 1 else [x]
 
 
 def _families(tracked: Sequence[Tracked]) -> list[list[int]]:
@@ -138,29 +140,32 @@ def track(
 ) -> tuple[list[Sigma], list[Block]]:
     """Power steps on all weights of a tree at once: sigmas, with derivatives, and next blocks."""
     raw, old = lax.stop_gradient((list(weights), list(us)))
+    pairs, new = _advance(tuple(operators), raw, old, n_steps)
+    sigmas = _power.with_derivative(tuple(operators), list(weights), pairs)
+    return sigmas, list(us) if n_steps == 0 else new
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))  # traced once for each tree
+def _advance(
+    operators: tuple[Operator, ...], weights: list[Weight], us: list[Block], n_steps: int
+) -> tuple[Pairs, list[Block]]:
+    """Power steps on all weights of a tree at once: pairs, without derivatives, and next blocks."""
     tracked = [
         Tracked(operator, W, _place(operator, W, u))
-        for operator, W, u in zip(operators, raw, old, strict=True)
+        for operator, W, u in zip(operators, weights, us, strict=True)
     ]
-    sigmas: list[Any] = [None] * len(raw)
-    new: list[Any] = [None] * len(raw)
+    found: dict[int, tuple] = {}
     for family in _families(tracked):
         groups = _groups([tracked[i] for i in family])
         grouped = [_together([tracked[family[i]] for i in group]) for group in groups]
         grouped = [each._replace(u=usable(each.u, len(each.batch))) for each in grouped]
         pairs, blocks = _power.advance(grouped, n_steps)
-        us_of, vs_of = (list(_members(groups, found)) for found in (pairs.u, pairs.v))
-        # The sigmas of a group are those of its members, one behind the other.
         members = [family[i] for group in groups for i in group]
-        found = _power.with_derivative(
-            tuple(operators[i] for i in members),
-            [weights[i] for i in members],
-            Pairs(pairs.sigma, us_of, vs_of),
-        )
-        for index, sigma, block in zip(members, found, _members(groups, blocks), strict=True):
-            sigmas[index] = sigma
-            new[index] = us[index] if n_steps == 0 else _back(block, old[index])
-    return sigmas, new
+        sigmas = _members(groups, pairs.sigma, split)
+        others = [_members(groups, each) for each in (pairs.u, pairs.v, blocks)]
+        found |= zip(members, zip(sigmas, *others, strict=True), strict=True)
+    sigmas, left, right, blocks = ([found[i][k] for i in range(len(tracked))] for k in range(4))
+    return Pairs(sigmas, left, right), list(map(_back, blocks, us))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -44,6 +44,7 @@ from jsn._block import (
     orthonormalizer,
     probe,
     ritz,
+    split,
     thirds,
 )
 from jsn._operator import Matrix, contract, explicit_spec, size
@@ -54,8 +55,7 @@ from jsn._types import Block, Operator, Sigma, Weight
 class Pairs(NamedTuple):
     """The tracked singular pairs of several weights: sigmas, and the vectors they were read off."""
 
-    sigma: Float[Array, " n"]
-    """Of all entries of all weights, as one vector."""
+    sigma: list[Sigma]
     u: list[Float[Array, "*batch_codomain"]]
     v: list[Float[Array, "*batch_domain"]]
 
@@ -278,7 +278,8 @@ def _pairs(
     (y_norm, ys), (v_norm, vs) = image, source
     ratio = jnp.where(v_norm == 0, 0, y_norm / _safe(v_norm))  # a NaN stays one
     sigma = stack.flat([first.scale for first in firsts]) * ratio
-    return Pairs(sigma, _unit(stack, ys, y_norm), _unit(stack, vs, v_norm))
+    sigmas = split(sigma, stack.batches)
+    return Pairs(sigmas, _unit(stack, ys, y_norm), _unit(stack, vs, v_norm))
 
 
 def _unit(stack: Stack, xs: Sequence[Array], norms: Float[Array, " n"]) -> list[Array]:
@@ -349,18 +350,14 @@ def with_derivative(
     operators: tuple[Operator, ...], weights: list[Weight], pairs: Pairs
 ) -> list[Sigma]:
     """The sigma of each weight, with the derivative d sigma = u^T dA v: no further read of W."""
-    batches = [operator.batch(W.shape) for operator, W in _zip(operators, weights)]
-    # Not `Stack.split`: whoever joins these again, as `constrain` does, then has lost nothing.
-    parts = lax.split(pairs.sigma, [size(batch) for batch in batches])
-    return [part.reshape(batch) for part, batch in _zip(parts, batches)]
+    return list(pairs.sigma)
 
 
 @functools.partial(with_derivative.defjvp, symbolic_zeros=True)
 def _(operators, primals, tangents):
     """Weight by weight: a vector of all sigmas would have to be cut apart on the way back."""
-    (weights, pairs), changes = primals, tangents[0]
-    sigmas = with_derivative(operators, weights, pairs)
-    return sigmas, _each(_change, operators, sigmas, changes, pairs.u, pairs.v)
+    pairs, changes = primals[1], tangents[0]
+    return list(pairs.sigma), _each(_change, operators, pairs.sigma, changes, pairs.u, pairs.v)
 
 
 def _change(operator: Operator, sigma: Sigma, dW: Any, u: Array, v: Array) -> Sigma:
