@@ -104,10 +104,11 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def floor(model: nn.Module, each_pass: bool) -> Forward:
+def floor(model: nn.Module, each_pass: bool, divide: bool) -> Forward:
     """What no block of this size can do without, once or in each pass, and nothing else.
 
-    Its two products with each weight, the scaling, and the derivative of both.
+    Its two products with each weight, the scaling, and the derivative of both. Weights are divided
+    by sigma, or multiplied with 1 / sigma, as jsn does: XLA does not always treat these alike.
     """
 
     def normalized(W: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +119,8 @@ def floor(model: nn.Module, each_pass: bool) -> Forward:
         pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)
         # No compiler may see that the next pass would find the same.
-        return W / sigma, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
+        scaled = W / sigma if divide else W * (1 / jnp.where(sigma > 0, sigma, 1))
+        return scaled, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
 
     def both(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
         leaves = traverse_util.flatten_dict(params)
@@ -170,13 +172,16 @@ def _state_of(model: Any, params: PyTree, x: jax.Array) -> PyTree:
 # --- the parts --------------------------------------------------------------------------------
 
 
-def floors(cls: type[nn.Module], params: PyTree, **fields: Any) -> dict[str, Any]:
+def floors(
+    cls: type[nn.Module], params: PyTree, make: Callable[..., PyTree] = made, **fields: Any
+) -> dict[str, Any]:
     """The floors of the default, as forward passes and their first state."""
-    model, state = cls(**fields), jax.jit(jsn.init)(params)
+    model, state = cls(**fields), make(jsn.init, params)
     us = {path: u for path, u in traverse_util.flatten_dict(state.u).items() if u is not None}
     return {
-        "floor of the default, once": (floor(model, False), us),
-        "floor of the default, twice": (floor(model, True), us),
+        f"floor of the default, {often}{how}": (floor(model, often == "twice", bool(how)), us)
+        for often in ("once", "twice")
+        for how in ("", ", dividing")
     }
 
 

@@ -356,8 +356,9 @@ def with_derivative(
 @functools.partial(with_derivative.defjvp, symbolic_zeros=True)
 def _(operators, primals, tangents):
     """Weight by weight: a vector of all sigmas would have to be cut apart on the way back."""
-    pairs, changes = primals[1], tangents[0]
-    return list(pairs.sigma), _each(_change, operators, pairs.sigma, changes, pairs.u, pairs.v)
+    (weights, pairs), changes = primals, tangents[0]
+    sigmas = with_derivative(operators, weights, pairs)  # has a derivative in its turn
+    return sigmas, _each(_change, operators, sigmas, changes, pairs.u, pairs.v)
 
 
 def _change(operator: Operator, sigma: Sigma, dW: Any, u: Array, v: Array) -> Sigma:

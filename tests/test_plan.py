@@ -83,6 +83,33 @@ def test_weights_of_one_shape_share_their_kernels():
     assert distinct(16) - distinct(4) < 6
 
 
+READS = []
+
+
+class Noted(Matrix):
+    """Notes when it is traced."""
+
+    def rmatvec(self, W, u):
+        READS.append(W.shape)
+        return super().rmatvec(W, u)
+
+
+def test_steps_of_one_tree_are_traced_once():
+    """However often a training step normalizes, and under whatever transformation."""
+    params = kernels((20, 12), (7, 5))
+    state = jsn.init(params, rules=[("kernel$", Noted())], block_size=4, warmup=0)
+
+    def passes(params, state):
+        for _ in range(3):
+            normalized, state = jsn.normalize(params, state)
+        return sum(map(jnp.sum, jax.tree.leaves(normalized)))
+
+    READS.clear()
+    jax.jit(jax.value_and_grad(passes)).lower(params, state)
+    jsn.normalize(params, state)
+    assert READS == [(20, 12), (7, 5)]
+
+
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_a_tree_gives_what_each_weight_alone_gives(block_size):
     params = kernels((20, 12), (3, 3, 2, 16), (30, 5), (9, 1))
