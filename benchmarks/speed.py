@@ -61,7 +61,7 @@ FULL: dict[str, Any] = {
     "layers": (10, 30, 100, 300, 1000),
     "widths": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
     "growth_seconds": 2.5,
-    "compile_seconds": 3.0,
+    "compile_seconds": 12.0,
     "compile_limit": 30.0,
 }
 SMOKE: dict[str, Any] = FULL | {

@@ -215,11 +215,6 @@ def split(stacked: Array, batches: Sequence[tuple[int, ...]]) -> list[Array]:
     ]
 
 
-def apart(stacked: Array) -> list[Array]:
-    """The entries of the first axis."""
-    return cut(stacked, ((),) * len(stacked))
-
-
 class Stack(NamedTuple):
     """How what is small of several weights lies in one array, and back.
 

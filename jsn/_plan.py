@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jsn import _power
-from jsn._block import apart, cut, split
+from jsn._block import cut, split
 from jsn._operator import Matrix, explicit_spec
 from jsn._power import Pairs, Tracked, full_side, start, usable
 from jsn._sharding import landing
@@ -66,7 +66,7 @@ class _Group:
         return jnp.stack([self.member.rmatvec(w, x) for w, x in self._each(W, u)])
 
     def _each(self, W: _Weights, stacked: Array) -> Iterable[tuple[Weight, Array]]:
-        return zip(W.members, apart(stacked), strict=True)
+        return zip(W.members, cut(stacked, ((),) * self.count), strict=True)
 
 
 def _groups(tracked: Sequence[Tracked]) -> list[list[int]]:
