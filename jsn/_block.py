@@ -241,13 +241,10 @@ class Stack(NamedTuple):
     def split(self, stacked: Array, *sizes: Sequence[int]) -> list[Array]:
         """Cuts an array apart: its first axis into entries, the others to the sizes given."""
         entries = cut(stacked, self.batches)
-        if not sizes:
-            return entries
+        shapes = [(*batch, *inner) for batch, *inner in zip(self.batches, *sizes, strict=True)]
         return [
-            part
-            if part.shape[len(batch) :] == tuple(inner)
-            else lax.slice(part, (0,) * part.ndim, (*batch, *inner))
-            for part, batch, *inner in zip(entries, self.batches, *sizes, strict=True)
+            part if part.shape == shape else lax.slice(part, (0,) * part.ndim, shape)
+            for part, shape in zip(entries, shapes, strict=True)
         ]
 
     def _join(self, parts: Sequence[Array]) -> Array:
