@@ -178,7 +178,8 @@ def read(weight: Tracked) -> First:
     """The first read of W. `v` is rescaled, so that no scale of W overflows later."""
     n_batch = len(weight.batch)
     v = weight.operator.rmatvec(weight.W, weight.u)
-    peak = jnp.max(jnp.abs(v), axis=tuple(range(n_batch, v.ndim)))
+    axes = tuple(range(n_batch, v.ndim))
+    peak = jnp.maximum(jnp.max(v, axis=axes), -jnp.min(v, axis=axes))
     info = jnp.finfo(peak.dtype)
     scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
     scale = _safe(jnp.where(peak > 0, jnp.maximum(scale, info.tiny), 0))
@@ -240,15 +241,10 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     changes = stack.split(changes, blocks, blocks)
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
 
-    # In plain subspace iteration fresh is y, but for a probe that float64 would notice.
-    images = [
-        gram if weight.is_subspace and second.y.dtype == jnp.float32 else _gram_of(weight, second.y)
-        for weight, second, gram in _zip(weights, seconds, grams)
-    ]
-    y_norm = jnp.sqrt(stack.flat([gram[..., 0, 0] for gram in images]))
-    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
     ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
+    y_norm = jnp.sqrt(stack.flat(_each(_square, weights, ys)))
+    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
     return _pairs(stack, firsts, (y_norm, ys), (v_norm, vs)), new
 
 
@@ -327,6 +323,11 @@ def stack_of(weights: Sequence[Tracked]) -> Stack:
 def _best(weight: Tracked, x: Block) -> Array:
     """The first vector of a block."""
     return lax.index_in_dim(x, 0, len(weight.batch), keepdims=False)
+
+
+def _square(weight: Tracked, x: Array) -> Sigma:
+    """The squared length of one vector of a weight."""
+    return jnp.sum(x * x, axis=tuple(range(len(weight.batch), x.ndim)))
 
 
 def _gram_of(weight: Tracked, x: Block) -> Float[Array, "*batch b b"]:

@@ -1,6 +1,7 @@
 """Station 5: hard, soft, learned scale, trees of bounds, and the gradients of all of them."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -292,3 +293,61 @@ def test_second_derivatives_are_those_of_fixed_singular_vectors(n_weights):
         for key, entry in products_with_the_hessian(expected)[0].items():
             scale = np.abs(entry["kernel"]).max()
             np.testing.assert_allclose(found[key]["kernel"], entry["kernel"], atol=2e-5 * scale)
+
+
+# --- kernels of convolutions ----------------------------------------------------------------
+
+
+def derivatives(shape, options):
+    """A weight of this shape, normalized; a gradient, a slope, and the gradient of the slope."""
+    W, along, cost = (jnp.asarray(x).reshape(shape) for x in gaussian(30, 3, 36, 20))
+    state = jsn.init({"kernel": W})
+
+    def loss(W):
+        x = jsn.normalize({"kernel": W}, state, **options)[0]["kernel"]
+        return jnp.vdot(cost, x) + jnp.sum(x**2), x
+
+    slope = lambda W: jax.jvp(lambda W: loss(W)[0], (W,), (along,))[1]
+    gradient, x = jax.grad(loss, has_aux=True)(W)
+    return [np.ravel(found) for found in (x, gradient, slope(W), jax.grad(slope)(W))]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"scale": 0.0}], ids=str)
+def test_a_kernel_is_scaled_as_the_matrix_that_it_is(options):
+    """It is divided, not multiplied; what comes out, and all its derivatives, are the same."""
+    matrix, kernel = (derivatives(shape, options) for shape in [(36, 20), (3, 3, 4, 20)])
+    for found, expected in zip(kernel, matrix, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_gradients_of_a_kernel_know_no_scale(exponent, soft):
+    scale = 2.0**exponent
+    kernel, cost = gaussian(31, 2, 3, 3, 4, 20)
+    state = jsn.init({"kernel": jnp.asarray(kernel)})
+
+    def loss(kernel, bound):
+        normalized = jsn.normalize({"kernel": kernel}, state, soft=soft, bound=bound)[0]
+        return jnp.vdot(cost, normalized["kernel"])
+
+    expected = jax.grad(loss)(kernel, 1.0) / (1 if soft else np.float64(scale))
+    found = jax.grad(loss)(kernel * np.float32(scale), scale if soft else 1.0)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+def test_no_pass_both_reverses_and_transposes_a_kernel():
+    """A convolution asks for both on the way back; one pass of XLA:CPU for both takes longer."""
+    model, x = nn.Conv(32, (3, 3)), jnp.ones((2, 2, 8, 8, 16))
+    params = model.init(jax.random.key(0), x[0])["params"]
+    state = jsn.init(params, block_size=4, warmup=0)
+
+    def loss(params, x):
+        normalized, _ = jsn.normalize(params, state)
+        return sum(jnp.sum(model.apply({"params": normalized}, jnp.sin(each)) ** 2) for each in x)
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile().as_text()
+    bodies = re.findall(r"^%?fused_computation\S* [^\n]*\{\n(.*?)^\}", program, re.S | re.M)
+    reversing = [body for body in bodies if re.search(r"= f32\[3,3,\S* reverse\(", body)]
+    assert reversing
+    assert not [body for body in reversing if " transpose(" in body]
