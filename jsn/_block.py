@@ -90,13 +90,14 @@ def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
     their part outside the last Ritz vectors. The stack may be padded to more than `block`.
     """
     n_ritz, n_residual, n_previous = thirds(block)
-    vectors, padding = basis.vectors, basis.vectors.shape[-1] - block
-    residual = -basis.values[..., :n_residual, None] * vectors[..., :n_residual, :]
-    previous = vectors[..., :n_previous, :]
+    padding = basis.vectors.shape[-1] - block
+    leading = basis.vectors[..., :n_ritz, :]
+    # As many previous directions as residuals: what follows is compiled once for both.
+    previous = basis.vectors[..., :n_residual, :]
     outside = (jnp.arange(previous.shape[-1]) >= n_ritz).astype(previous.dtype)
-    previous = previous * jnp.broadcast_to(outside, previous.shape)
-    previous = _orthonormal_after(vectors[..., :n_ritz, :], previous)
-    rows = jnp.concatenate([vectors[..., :n_ritz, :], residual, previous], axis=-2)
+    previous = _orthonormal_after(leading, previous * jnp.broadcast_to(outside, previous.shape))
+    residual = -basis.values[..., :n_residual, None] * basis.vectors[..., :n_residual, :]
+    rows = jnp.concatenate([leading, residual, previous[..., :n_previous, :]], axis=-2)
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
 
 
@@ -119,9 +120,9 @@ def _orthonormal_after(q: Array, p: Array) -> Array:
 
     Where nothing is left of a row (the Ritz vectors came from nowhere else), a probe fills in.
     """
-    rows = jnp.concatenate([q, p + NOISE * probe(p.shape, p.ndim - 2)], axis=-2)
-    change = orthonormalizer(_product(rows, jnp.swapaxes(rows, -1, -2)))
-    return _product(change[:, q.shape[-2] :], rows)
+    p = p + NOISE * probe(p.shape, p.ndim - 2)
+    p = p - _product(_product(p, jnp.swapaxes(q, -1, -2)), q)
+    return _product(orthonormalizer(_product(p, jnp.swapaxes(p, -1, -2))), p)
 
 
 def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:

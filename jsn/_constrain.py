@@ -17,6 +17,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from jsn import _errors
 from jsn._block import Stack
@@ -80,20 +81,26 @@ def _split(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> tuple[list[Sig
 
 
 def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
-    W, operator = leaf.value, leaf.operator
-    dtype = np.promote_types(W.dtype, np.float32)
+    W, dtype = leaf.value, np.promote_types(leaf.value.dtype, np.float32)
     factor = factor.astype(dtype)
     if scale is None and factor.ndim == 0 and W.ndim > 2:
         divisor = lax.optimization_barrier(1 / factor)  # else XLA sees a product in the quotient
         return _divided(W.astype(dtype), factor, divisor).astype(W.dtype)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
-    factor = operator.spread(factor, W.shape)  # type: ignore
-    spec = explicit_spec(W)
-    if spec is not None:
-        kept = [axis if n > 1 else None for axis, n in zip(spec, factor.shape, strict=True)]
-        factor = jax.sharding.reshard(factor, PartitionSpec(*kept))
+    if factor.ndim:
+        factor = _spread(leaf, factor)
     return (W.astype(dtype) * factor).astype(W.dtype)
+
+
+def _spread(leaf: Leaf, factor: Sigma) -> Array:
+    """One factor for each batch entry, on the batch axes of the weight, and where those live."""
+    factor = leaf.operator.spread(factor, leaf.value.shape)  # type: ignore
+    spec = explicit_spec(leaf.value)
+    if spec is None:
+        return factor
+    kept = [axis if n > 1 else None for axis, n in zip(spec, factor.shape, strict=True)]
+    return jax.sharding.reshard(factor, PartitionSpec(*kept))
 
 
 @jax.custom_jvp
