@@ -254,12 +254,11 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     firsts = _each(read, weights)
     basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
-    us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
+    us = [_best(weight, _mix(Q, weight.u)) for Q, weight in _zip(best, weights)]
     vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
-    u_norm = stack.flat([jnp.sqrt(x[..., 0, 0]) for x in _each(_gram_of, weights, us)])
+    u_norm = jnp.sqrt(stack.flat(_each(_square, weights, us)))
     v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
-    us = [_best(weight, u) for weight, u in _zip(weights, us)]
     pairs = _pairs(stack, firsts, (v_norm, vs), (u_norm, us))
     return Pairs(pairs.sigma, pairs.v, pairs.u)
 

@@ -336,6 +336,18 @@ def test_gradients_of_a_kernel_know_no_scale(exponent, soft):
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
+def test_gradients_of_kernels_under_vmap_and_checkpoint():
+    kernels, costs = jnp.asarray(gaussian(32, 2, 2, 3, 3, 4, 20))
+    state = jsn.init({"kernel": kernels[0]})
+
+    def loss(kernel, cost):
+        return jnp.vdot(cost, jsn.normalize({"kernel": kernel}, state)[0]["kernel"])
+
+    found = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(kernels, costs)
+    for kernel, cost, gradient in zip(kernels, costs, found, strict=True):
+        assert np.allclose(gradient, jax.grad(loss)(kernel, cost), rtol=1e-4, atol=1e-6)
+
+
 def test_no_pass_both_reverses_and_transposes_a_kernel():
     """A convolution asks for both on the way back; one pass of XLA:CPU for both takes longer."""
     model, x = nn.Conv(32, (3, 3)), jnp.ones((2, 2, 8, 8, 16))
