@@ -61,8 +61,9 @@ def ritz(grams: Float[Array, "n b b"]) -> Basis:
     """The Ritz basis of blocks, from the Gram matrices of their images."""
     if grams.shape[-1] == 1:
         return Basis(grams[..., 0], jnp.ones_like(grams))  # of a single vector, itself
-    values, vectors = lax.platform_dependent(grams, cpu=_eigh_on_cpu, default=_eigh)
-    return Basis(values[..., ::-1], jnp.swapaxes(vectors, -1, -2)[..., ::-1, :])
+    # Of -gram, as they come in ascending order: the largest first.
+    values, vectors = lax.platform_dependent(-grams, cpu=_eigh_on_cpu, default=_eigh)
+    return Basis(-values, jnp.swapaxes(vectors, -1, -2))
 
 
 def _eigh(grams: Float[Array, "*n b b"]) -> tuple[Array, Array]:
@@ -132,16 +133,17 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     towards `T gram T^T = 1`, which takes the shift out again.
     """
     block, eye = grams.shape[-1], identity(grams)
-    diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
-    scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
     if block == 1:
-        return jnp.where(jnp.isfinite(grams), scale[..., None], jnp.nan)
-    grams = grams * scale[..., :, None] * scale[..., None, :]
-    change = grams + block * 2.0**-22 * eye
+        return jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
+    diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
+    length = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    # To a power of two: nothing is rounded. (And XLA:CPU makes much of `rsqrt`.)
+    scale = 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
+    change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
+    change = change * scale[..., None, :]
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
-    change = _product(1.5 * eye - 0.5 * reached, change)
-    return change * scale[..., None, :]
+    return _product(1.5 * eye - 0.5 * reached, change)
 
 
 def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
