@@ -17,11 +17,11 @@ from benchmarks import _clock
 from benchmarks._cases import Case, trajectory
 from benchmarks._clock import Row
 from benchmarks._contenders import copy, flax_linen, ours
-from benchmarks._training import MLP, PyTree, Tick, floors, ready, total, variants
+from benchmarks._training import MLP, PyTree, Tick, floor_of_compiling, ready, total, variants
 
 LAYER_WIDTH = 64
 NETWORKS = ("one shape", "all shapes differ")
-FLOOR = "floor of the default, once"
+FLOOR = "floor: one normalized, the rest scaled"
 
 
 def measure_layers(
@@ -39,7 +39,7 @@ def measure_layers(
     for index, (kind, n_layers) in enumerate(jobs):
         x, widths = jax.numpy.ones((16, LAYER_WIDTH)), _widths(kind, n_layers)
         params, makers = variants(MLP, x, made_up, widths=widths)
-        makers[FLOOR] = floors(MLP, params, made_up, widths=widths)[FLOOR]
+        makers[FLOOR] = floor_of_compiling(MLP, params, made_up, widths=widths)
         calls, compiling = {}, {}
         for name, (forward, state) in makers.items():
             if (kind, name) in stopped:

@@ -16,7 +16,7 @@ from benchmarks.speed import CASES, OTHERS
 NOT_YET = "Not measured yet: `python -m benchmarks speed` on a quiet machine fills this in."
 ABSENT = "–"
 PLAIN, FLAX, OURS = "no normalization", "Flax linen", "jsn, default"
-FLOOR = "floor of the default, once"
+FLOOR = "floor: one normalized, the rest scaled"
 RAW = (
     PLAIN,
     "copy of the weights",

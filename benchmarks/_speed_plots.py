@@ -22,7 +22,11 @@ PICTURES = {
 LOOKS: dict[str, dict[str, Any]] = {
     "copy of the weights": {"color": "#9a9a9a", "marker": "", "linestyle": (0, (1, 1))},
     "no normalization": {"color": "#9a9a9a", "marker": "", "linestyle": (0, (1, 1))},
-    "floor of the default, once": {"color": "#CC79A7", "marker": "", "linestyle": (0, (1, 1))},
+    "floor: one normalized, the rest scaled": {
+        "color": "#CC79A7",
+        "marker": "",
+        "linestyle": (0, (1, 1)),
+    },
     "Flax linen": {"color": "#3a3a3a", "marker": "s", "linestyle": (0, (1, 1.5))},
     "jsn, block 1": {"color": "#009E73", "marker": "v", "linestyle": (0, (2, 1))},
     "jsn, block 8": {"color": "#56B4E9", "marker": "D", "linestyle": (0, (4, 2))},

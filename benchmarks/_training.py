@@ -139,6 +139,24 @@ def floor(model: nn.Module, each_pass: bool, divide: bool) -> Forward:
     return forward
 
 
+def one_normalized(model: nn.Module) -> Forward:
+    """What compiling cannot do without: the power step for one kernel, a product for every other.
+
+    Those others are multiplied by given numbers: no reads, no blocks, no derivative of sigma.
+    """
+
+    def forward(params: PyTree, state: PyTree, inputs: Sequence[jax.Array]) -> Any:
+        (tracked, numbers), leaves = state, traverse_util.flatten_dict(params)
+        first, *others = (path for path in leaves if path[-1] == "kernel")
+        normalized, tracked = jsn.normalize({"kernel": leaves[first]}, tracked)
+        leaves |= {path: leaves[path] * n for path, n in zip(others, numbers, strict=True)}
+        leaves[first] = normalized["kernel"]
+        variables = {"params": traverse_util.unflatten_dict(leaves)}
+        return [model.apply(variables, x) for x in inputs], (tracked, numbers)
+
+    return forward
+
+
 def made(function: Callable, *args: Any) -> PyTree:
     """What a function returns."""
     return jax.jit(function)(*args)
@@ -183,6 +201,16 @@ def floors(
         for often in ("once", "twice")
         for how in ("", ", dividing")
     }
+
+
+def floor_of_compiling(
+    cls: type[nn.Module], params: PyTree, make: Callable[..., PyTree] = made, **fields: Any
+) -> tuple[Forward, PyTree]:
+    """One layer normalized, the others scaled: its forward passes and its first state."""
+    leaves = traverse_util.flatten_dict(params)
+    first, *others = (leaf for path, leaf in leaves.items() if path[-1] == "kernel")
+    state = make(jsn.init, {"kernel": first}), [jnp.ones(())] * len(others)
+    return one_normalized(cls(**fields)), state
 
 
 def measure_step(
