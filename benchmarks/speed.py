@@ -62,7 +62,7 @@ FULL: dict[str, Any] = {
     "widths": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
     "growth_seconds": 2.5,
     "compile_seconds": 12.0,
-    "compile_limit": 30.0,
+    "compile_limit": 36.0,
 }
 SMOKE: dict[str, Any] = FULL | {
     "smoke": True,
