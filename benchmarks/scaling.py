@@ -59,12 +59,12 @@ def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
     ins, outs = m / p, n / q
     return {
         "flops_W": (2 * b + 2 * t + 1) * ins * outs,
-        "flops_thin": 2 * b * (b + t + 1) * ins + (6 * (b * b + t * t) + 10 * b) * outs,
+        "flops_thin": 2 * b * (b + t + 1) * ins + (6 * b * b + 4 * t * t + 10 * b) * outs,
         "flops_small": 25 * b**3,
         "bytes_W": 4 * FLOAT * ins * outs,
         "bytes_thin": FLOAT * b * (5 * ins + 14 * outs + 310 * b),
-        "sent_in": FLOAT * (t * outs + b * b + 1) * (p > 1),
-        "sent_out": FLOAT * (b * ins + b * b + 2 * t * t) * (q > 1),
+        "sent_in": FLOAT * (t * outs + b * b + 2) * (p > 1),
+        "sent_out": FLOAT * (b * ins + b * b + t * t + 1) * (q > 1),
         "state": FLOAT * b * outs,
     }
 

@@ -137,7 +137,7 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
         return jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
     diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
     length = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    # To a power of two: nothing is rounded. (And XLA:CPU makes much of `rsqrt`.)
+    # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
     scale = 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)

@@ -83,7 +83,7 @@ def _split(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> tuple[list[Sig
 def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
     W, dtype = leaf.value, np.promote_types(leaf.value.dtype, np.float32)
     factor = factor.astype(dtype)
-    if scale is None and factor.ndim == 0 and W.ndim > 3:
+    if scale is None and factor.ndim == 0 and W.ndim > 3:  # three axes may be attention's too
         divisor = lax.optimization_barrier(1 / factor)  # else XLA sees a product in the quotient
         return _divided(W.astype(dtype), factor, divisor).astype(W.dtype)
     if scale is not None:

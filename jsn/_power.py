@@ -179,6 +179,7 @@ def read(weight: Tracked) -> First:
     n_batch = len(weight.batch)
     v = weight.operator.rmatvec(weight.W, weight.u)
     axes = tuple(range(n_batch, v.ndim))
+    # Not the maximum of |v|: XLA:CPU would write a transposed copy of v for it.
     peak = jnp.maximum(jnp.max(v, axis=axes), -jnp.min(v, axis=axes))
     info = jnp.finfo(peak.dtype)
     scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
@@ -229,7 +230,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     # repairs the rounding of the first, which is large where residuals are all but zero.
     grams = _each(_gram_of, weights, [second.fresh for second in seconds])
     changes = orthonormalizer(stack.matrices(grams, fill=1))
-    good = jnp.isfinite(rows.sum((-2, -1)) + changes.sum((-2, -1)))
+    good = jnp.isfinite(rows.sum((-2, -1)) + changes.sum((-2, -1)))  # as their entries are
     if not plain.all():
         changes = among_kept(changes, plain, block)
     changes = stack.split(changes, blocks, [weight.n_leading for weight in weights])
