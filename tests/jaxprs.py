@@ -1,8 +1,9 @@
-"""What a program does, read off its jaxpr: equations, nested ones included, and constants."""
+"""What a program does, read off its jaxpr (equations, constants) or off what XLA makes of it."""
 
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Iterator
 
 import jax
@@ -69,3 +70,9 @@ def largest_constant(function, *args) -> int:
                     yield operand.val
 
     return max((np.size(c) for c in constants(jax.make_jaxpr(function)(*args))), default=0)
+
+
+def fusions(function, *args):
+    """What XLA has fused in a compiled function: the text of each fused computation."""
+    program = jax.jit(function).lower(*args).compile().as_text()
+    return re.findall(r"^%?fused_computation\S* [^\n]*\{\n(.*?)^\}", program, re.S | re.M)
