@@ -64,7 +64,7 @@ def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
         "bytes_W": 4 * FLOAT * ins * outs,
         "bytes_thin": FLOAT * b * (5 * ins + 14 * outs + 310 * b),
         "sent_in": FLOAT * (t * outs + b * b + 2) * (p > 1),
-        "sent_out": FLOAT * (b * ins + b * b + t * t + 1) * (q > 1),
+        "sent_out": FLOAT * (b * ins + b * b + 2 * t * t) * (q > 1),
         "state": FLOAT * b * outs,
     }
 

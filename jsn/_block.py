@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jsn._operator import contract, explicit_spec, size
 from jsn._types import Block
@@ -126,24 +126,31 @@ def _orthonormal_after(q: Array, p: Array) -> Array:
     return _product(orthonormalizer(_product(p, jnp.swapaxes(p, -1, -2))), p)
 
 
-def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
-    """The T for which T x has orthonormal rows, from the Gram matrix of x.
+def orthonormalizer(
+    grams: Float[Array, "n b b"], good: Bool[Array, " n"] | None = None
+) -> Float[Array, "n b b"]:
+    """The T for which T x has orthonormal rows, from the Gram matrix of x; else, if not good, 1.
 
     Cholesky, shifted so that it succeeds on dependent rows too, and then one Newton-Schulz step
     towards `T gram T^T = 1`, which takes the shift out again.
     """
     block, eye = grams.shape[-1], identity(grams)
     if block == 1:
-        return jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
-    diagonal = jnp.sum(jnp.where(eye == 1, grams, 0), axis=-1)
+        change = jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
+        return change if good is None else jnp.where(good[:, None, None], change, eye)
+    diagonal = _diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
     length = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
     # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
     scale = 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
+    scale = scale.reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
     change = change * scale[..., None, :]
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
-    return _product(1.5 * eye - 0.5 * reached, change)
+    correction = 1.5 * eye - 0.5 * reached
+    if good is not None:  # the product of ones is 1, exactly
+        change, correction = (jnp.where(good[:, None, None], x, eye) for x in (change, correction))
+    return _product(correction, change)
 
 
 def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
@@ -177,44 +184,59 @@ def identity(grams: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
     return jnp.broadcast_to(jnp.eye(grams.shape[-1], dtype=grams.dtype), grams.shape)
 
 
+def _diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
+    """The diagonals of a stack of matrices: every so many entries of its rows, end to end."""
+    n, block, _ = grams.shape
+    return lax.slice(grams.reshape(n, block**2), (0, 0), (n, block**2), (1, block + 1))
+
+
 def _product(x: Float[Array, "n a b"], y: Float[Array, "n b c"]) -> Float[Array, "n a c"]:
     return contract(x, y, ((2,), (1,)), ((0,), (0,)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def cut(stacked: Array, batches: Sequence[tuple[int, ...]]) -> list[Array]:
-    """Cuts an array apart: its first axis becomes the batch axes of one part after the other.
+def cut(arrays: Sequence[Array], batches: Sequence[tuple[int, ...]]) -> list[list[Array]]:
+    """Cuts arrays apart: their first axis becomes the batch axes of one part after the other.
 
     XLA:CPU compiles a kernel for each slice, about 10 ms, but equal kernels only once. What makes
     them equal is that where a slice begins is data, hidden from the compiler. (It comes in a vector
     that is no progression: those, and scalars, are written into the kernel.)
     """
     if len(batches) == 1:
-        return [stacked.reshape(*batches[0], *stacked.shape[1:])]
+        return split(arrays, batches)
     starts = np.cumsum([0, *map(size, batches[:-1])])
     hidden = lax.optimization_barrier([np.array([n, 0, 1], np.uint32) for n in starts])
-    return [_part(stacked, start, batch) for start, batch in zip(hidden, batches, strict=True)]
+    parts = [_part(arrays, *place) for place in zip(hidden, batches, strict=True)]
+    return [list(each) for each in zip(*parts, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced once for each shape
-def _part(stacked: Array, start: Array, batch: tuple[int, ...]) -> Array:
-    inner = stacked.shape[1:]
-    begin = (start[0], *(np.uint32(0) for _ in inner))
-    return lax.dynamic_slice(stacked, begin, (size(batch), *inner)).reshape(*batch, *inner)
+def _part(arrays: Sequence[Array], start: Array, batch: tuple[int, ...]) -> list[Array]:
+    parts = []
+    for x in arrays:
+        inner = x.shape[1:]
+        begin = (start[0], *(np.uint32(0) for _ in inner))
+        part = lax.dynamic_slice(x, begin, (size(batch), *inner))
+        parts.append(part.reshape(*batch, *inner))
+    return parts
 
 
 @cut.defjvp
 def _(batches, primals, tangents):
     """On the way back one concatenation; sums of padded slices compile in quadratic time."""
-    (stacked,), (change,) = primals, tangents
-    return cut(stacked, batches), split(change, batches)
+    (arrays,), (changes,) = primals, tangents
+    return cut(arrays, batches), split(changes, batches)
 
 
-def split(stacked: Array, batches: Sequence[tuple[int, ...]]) -> list[Array]:
+def split(arrays: Sequence[Array], batches: Sequence[tuple[int, ...]]) -> list[list[Array]]:
     """The same in the open: for parts that someone joins again, as if they had never been apart."""
-    parts = lax.split(stacked, [size(batch) for batch in batches])
+    sizes = list(map(size, batches))
     return [
-        part.reshape(*batch, *part.shape[1:]) for part, batch in zip(parts, batches, strict=True)
+        [
+            part.reshape(*batch, *part.shape[1:])
+            for part, batch in zip(lax.split(x, sizes), batches, strict=True)
+        ]
+        for x in arrays
     ]
 
 
@@ -243,7 +265,7 @@ class Stack(NamedTuple):
 
     def split(self, stacked: Array, *sizes: Sequence[int]) -> list[Array]:
         """Cuts an array apart: its first axis into entries, the others to the sizes given."""
-        entries = cut(stacked, self.batches)
+        (entries,) = cut([stacked], self.batches)
         shapes = [(*batch, *inner) for batch, *inner in zip(self.batches, *sizes, strict=True)]
         return [
             part if part.shape == shape else lax.slice(part, (0,) * part.ndim, shape)

@@ -46,29 +46,6 @@ def constrain(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _factors(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> list[Sigma]:
     """What each weight is multiplied by, from all sigmas and all bounds, or their only one."""
-    return _split(soft, sigmas, bounds)[0]
-
-
-@functools.partial(_factors.defjvp, symbolic_zeros=True)
-def _(soft, primals, tangents):
-    """Without the square of sigma, which over- or underflows where sigma does not."""
-    (sigmas, bounds), (d_sigmas, d_bounds) = primals, tangents
-    factors, divisors = _split(soft, sigmas, bounds)
-    d_bounds = list(d_bounds) * (len(sigmas) // len(d_bounds))
-    return factors, list(map(_change, factors, divisors, d_sigmas, d_bounds))
-
-
-def _change(factor: Sigma, divisor: Sigma, d_sigma: Any, d_bound: Any) -> Sigma:
-    changes = []
-    if not isinstance(d_sigma, SymbolicZero):
-        changes.append(-factor * (d_sigma / divisor))
-    if not isinstance(d_bound, SymbolicZero):
-        changes.append(jnp.broadcast_to(d_bound.astype(factor.dtype), factor.shape) / divisor)
-    return sum(changes[1:], changes[0]) if changes else jnp.zeros_like(factor)
-
-
-def _split(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> tuple[list[Sigma], list[Sigma]]:
-    """For each weight its factor, and its sigma, or infinity where the factor is a constant."""
     stack = Stack(tuple(sigma.shape for sigma in sigmas))
     sigma = stack.flat(sigmas)
     bound = jnp.asarray(bounds[0], sigma.dtype)
@@ -76,8 +53,35 @@ def _split(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> tuple[list[Sig
         each = zip(bounds, stack.batches, strict=True)
         bound = stack.flat([jnp.broadcast_to(jnp.asarray(b, sigma.dtype), n) for b, n in each])
     scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
-    factor = jnp.where(scaled, bound, 1) / jnp.where(scaled, sigma, 1)
-    return stack.split(factor), stack.split(jnp.where(scaled, sigma, jnp.inf))
+    return stack.split(jnp.where(scaled, bound, 1) / jnp.where(scaled, sigma, 1))
+
+
+@functools.partial(_factors.defjvp, symbolic_zeros=True)
+def _(soft, primals, tangents):
+    """Without the square of sigma, which over- or underflows where sigma does not."""
+    (sigmas, bounds), (d_sigmas, d_bounds) = primals, tangents
+    factors = _factors(soft, sigmas, bounds)
+    bounds, d_bounds = (list(x) * (len(sigmas) // len(bounds)) for x in (bounds, d_bounds))
+    each = zip(factors, bounds, map(_known, d_sigmas), map(_known, d_bounds), strict=True)
+    return factors, [_change(soft, *one) for one in each]
+
+
+def _known(change: Any) -> Any:
+    return None if isinstance(change, SymbolicZero) else change
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for each shape
+def _change(soft: bool, factor: Sigma, bound: Any, d_sigma: Any, d_bound: Any) -> Sigma:
+    """The change of `bound / sigma`. Where sigma is 0, whatever this is meets a weight of 0."""
+    inverse = factor / jnp.asarray(bound, factor.dtype)  # of sigma, which need not be handed on
+    if soft:
+        inverse = jnp.where(factor == 1, 0, inverse)  # below the bound nothing changes
+    change = jnp.zeros_like(factor)
+    if d_sigma is not None:
+        change = -factor * (d_sigma * inverse)
+    if d_bound is not None:
+        change = change + d_bound.astype(factor.dtype) * inverse
+    return change
 
 
 def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:

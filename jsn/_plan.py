@@ -66,7 +66,7 @@ class _Group:
         return jnp.stack([self.member.rmatvec(w, x) for w, x in self._each(W, u)])
 
     def _each(self, W: _Weights, stacked: Array) -> Iterable[tuple[Weight, Array]]:
-        return zip(W.members, cut(stacked, ((),) * self.count), strict=True)
+        return zip(W.members, *cut([stacked], ((),) * self.count), strict=True)
 
 
 def _groups(tracked: Sequence[Tracked]) -> list[list[int]]:
@@ -101,11 +101,12 @@ def _together(members: Sequence[Tracked]) -> Tracked:
 
 
 def _members(
-    groups: Sequence[Sequence[int]], found: Sequence[Array], cut: Callable = cut
-) -> Iterator[Array]:
+    groups: Sequence[Sequence[int]], found: Sequence[Sequence[Array]], cut: Callable = cut
+) -> Iterator[tuple[Array, ...]]:
     """What groups have found, for each of their members."""
-    for group, x in zip(groups, found, strict=True):
-        yield from cut(x, ((),) * len(group)) if len(group) > 1 else [x]
+    for group, *each in zip(groups, *found, strict=True):
+        parts = cut(each, ((),) * len(group)) if len(group) > 1 else [[x] for x in each]
+        yield from zip(*parts, strict=True)
 
 
 def _families(tracked: Sequence[Tracked]) -> list[list[int]]:
@@ -161,9 +162,9 @@ def _advance(
         grouped = [each._replace(u=usable(each.u, len(each.batch))) for each in grouped]
         pairs, blocks = _power.advance(grouped, n_steps)
         members = [family[i] for group in groups for i in group]
-        sigmas = _members(groups, pairs.sigma, split)
-        others = [_members(groups, each) for each in (pairs.u, pairs.v, blocks)]
-        found |= zip(members, zip(sigmas, *others, strict=True), strict=True)
+        sigmas = _members(groups, [pairs.sigma], split)
+        others = _members(groups, [pairs.u, pairs.v, blocks])
+        found |= {i: one + more for i, one, more in zip(members, sigmas, others, strict=True)}
     sigmas, left, right, blocks = ([found[i][k] for i in range(len(tracked))] for k in range(4))
     return Pairs(sigmas, left, right), list(map(_back, blocks, us))
 
@@ -192,7 +193,7 @@ def begin(
         for group, each in zip(groups, grouped, strict=True)
     ]
     members = [i for group in groups for i in group]
-    found = dict(zip(members, _members(groups, best), strict=True))
+    found = {i: x for i, (x,) in zip(members, _members(groups, [best]), strict=True)}
     return [found[i] for i in range(len(tracked))]
 
 

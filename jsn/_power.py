@@ -39,7 +39,6 @@ from jsn._block import (
     Stack,
     among_kept,
     everywhere,
-    identity,
     lobpcg,
     orthonormalizer,
     probe,
@@ -61,9 +60,9 @@ class Pairs(NamedTuple):
 
 
 class First(NamedTuple):
-    """What the first read gives: `v = A^T u`, scaled by a power of two, and its Gram matrix."""
+    """What the first read gives: `v = shrink A^T u`, shrink a power of two, and its Gram matrix."""
 
-    scale: Sigma
+    shrink: Sigma
     v: Block
     gram: Float[Array, "*batch block block"]
 
@@ -182,10 +181,10 @@ def read(weight: Tracked) -> First:
     # Not the maximum of |v|: XLA:CPU would write a transposed copy of v for it.
     peak = jnp.maximum(jnp.max(v, axis=axes), -jnp.min(v, axis=axes))
     info = jnp.finfo(peak.dtype)
-    scale = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
-    scale = _safe(jnp.where(peak > 0, jnp.maximum(scale, info.tiny), 0))
-    v = v * _over(1 / scale, v)
-    return First(scale, v, _gram(v, n_batch))
+    peak = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
+    shrink = jnp.where(peak > 0, 1 / jnp.clip(peak, info.tiny, 1 / info.tiny), 1)
+    v = v * _over(shrink, v)
+    return First(shrink, v, _gram(v, n_batch))
 
 
 def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
@@ -194,7 +193,7 @@ def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"])
     leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
     v = _mix(leading, first.v)
     y = weight.operator.matvec(weight.W, v)
-    y = y * _over(1 / first.scale, y)
+    y = y * _over(first.shrink, y)
     if weight.is_subspace:
         kept, fresh = None, y
     else:
@@ -236,17 +235,15 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     changes = stack.split(changes, blocks, [weight.n_leading for weight in weights])
     fresh = [_mix(T, second.fresh) for T, second in _zip(changes, seconds)]
     spans = _each(span, weights, seconds, fresh, stack.split(good))
-    changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, spans), fill=1))
-    # The identity leaves a block that is kept as it is, exactly.
-    changes = jnp.where(_over(good, changes), changes, identity(changes))
-    changes = stack.split(changes, blocks, blocks)
+    grams = stack.matrices(_each(_gram_of, weights, spans), fill=1)
+    changes = stack.split(orthonormalizer(grams, good), blocks, blocks)
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
 
     ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
-    y_norm = jnp.sqrt(stack.flat(_each(_square, weights, ys)))
-    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
-    return _pairs(stack, firsts, (y_norm, ys), (v_norm, vs)), new
+    y_square = stack.flat(_each(_square, weights, [second.y for second in seconds]))
+    v_square = _positive(basis.values[:, 0])
+    return _pairs(stack, firsts, (y_square, ys), (v_square, vs)), new
 
 
 def stored(weights: Sequence[Tracked]) -> Pairs:
@@ -255,12 +252,12 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     firsts = _each(read, weights)
     basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
-    us = [_best(weight, _mix(Q, weight.u)) for Q, weight in _zip(best, weights)]
+    us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
     vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
-    u_norm = jnp.sqrt(stack.flat(_each(_square, weights, us)))
-    v_norm = jnp.sqrt(_positive(basis.values[:, 0]))
-    pairs = _pairs(stack, firsts, (v_norm, vs), (u_norm, us))
+    u_square = stack.flat(_each(_square, weights, us))
+    v_square = _positive(basis.values[:, 0])
+    pairs = _pairs(stack, firsts, (v_square, vs), (u_square, _each(_best, weights, us)))
     return Pairs(pairs.sigma, pairs.v, pairs.u)
 
 
@@ -270,17 +267,21 @@ def _pairs(
     image: tuple[Float[Array, " n"], list[Array]],
     source: tuple[Float[Array, " n"], list[Array]],
 ) -> Pairs:
-    """Pairs, from the norms and vectors of `image = A source / scale`."""
-    (y_norm, ys), (v_norm, vs) = image, source
-    ratio = jnp.where(v_norm == 0, 0, y_norm / _safe(v_norm))  # a NaN stays one
-    sigma = stack.flat([first.scale for first in firsts]) * ratio
-    sigmas = split(sigma, stack.batches)
-    return Pairs(sigmas, _unit(stack, ys, y_norm), _unit(stack, vs, v_norm))
+    """Pairs, from the squared lengths and the vectors of `image = shrink A source`."""
+    (y_square, ys), (v_square, vs) = image, source
+    per_y, per_v = _inverse_length(y_square), _inverse_length(v_square)
+    sigma = y_square * per_y * per_v / stack.flat([first.shrink for first in firsts])
+    (sigmas,) = split([sigma], stack.batches)
+    return Pairs(sigmas, _times(stack, ys, per_y), _times(stack, vs, per_v))
 
 
-def _unit(stack: Stack, xs: Sequence[Array], norms: Float[Array, " n"]) -> list[Array]:
-    each = stack.split(_safe(norms))
-    return [x / _over(norm, x) for x, norm in _zip(xs, each)]
+def _inverse_length(square: Float[Array, " n"]) -> Float[Array, " n"]:
+    """1 / |x| from |x|^2, and 1 for what has no length."""
+    return jnp.sqrt(1 / _safe(square))
+
+
+def _times(stack: Stack, xs: Sequence[Array], factors: Float[Array, " n"]) -> list[Array]:
+    return [x * _over(factor, x) for x, factor in _zip(xs, stack.split(factors))]
 
 
 def settle(weights: Sequence[Tracked], n_steps: int) -> list[Tracked]:
@@ -325,9 +326,9 @@ def _best(weight: Tracked, x: Block) -> Array:
     return lax.index_in_dim(x, 0, len(weight.batch), keepdims=False)
 
 
-def _square(weight: Tracked, x: Array) -> Sigma:
-    """The squared length of one vector of a weight."""
-    return jnp.sum(x * x, axis=tuple(range(len(weight.batch), x.ndim)))
+def _square(weight: Tracked, x: Block) -> Sigma:
+    """The squared length of the first vector of a block."""
+    return _gram_of(weight, x)[..., 0, 0]  # XLA:CPU has products ready, and compiles sums
 
 
 def _gram_of(weight: Tracked, x: Block) -> Float[Array, "*batch b b"]:
@@ -365,10 +366,15 @@ def _(operators, primals, tangents):
 def _change(operator: Operator, sigma: Sigma, dW: Any, u: Array, v: Array) -> Sigma:
     if isinstance(dW, SymbolicZero):
         return jnp.zeros_like(sigma)
-    n_batch = sigma.ndim
-    dz = operator.matvec(dW, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
-    change = jnp.sum(u * dz, axis=tuple(range(n_batch, u.ndim))).astype(sigma.dtype)
-    return everywhere(change)
+    return everywhere(_projected(operator, dW, u, v).astype(sigma.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for each shape
+def _projected(operator: Operator, W: Weight, u: Array, v: Array) -> Sigma:
+    """`u^T A v`, for one vector of each side."""
+    n_batch = len(operator.batch(W.shape))
+    y = operator.matvec(W, jnp.expand_dims(v, n_batch)).squeeze(n_batch)
+    return jnp.sum(u * y, axis=tuple(range(n_batch, u.ndim)))
 
 
 # --- the public function --------------------------------------------------------------------------

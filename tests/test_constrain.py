@@ -191,6 +191,19 @@ def test_bound_and_scale_have_gradients(state):
         assert np.isclose(found[index], exact / 2e-6, rtol=2e-5)
 
 
+def test_a_weight_that_is_not_scaled_does_not_feel_its_bound(state):
+    """Under a soft bound it is the derivative of W itself; a zero weight has none by its bound."""
+    free = loss_gradient(PARAMS, state, soft=True, bound=9.0)
+    assert all(np.array_equal(free[name]["kernel"], COSTS[name]) for name in COSTS)
+    of = lambda params, bound, soft: loss(params, state, bound=bound, soft=soft)
+    assert jax.grad(of, argnums=1)(PARAMS, 9.0, True) == 0
+    bent = jax.grad(of, argnums=1)(
+        PARAMS, 4.0, True
+    )  # by the weight of norm 5, as without the other
+    alone = {"dec": PARAMS["dec"], "enc": {**PARAMS["enc"], "kernel": jnp.zeros((64, 48))}}
+    assert np.isclose(bent, jax.grad(of, argnums=1)(alone, 4.0, False), rtol=1e-6)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("exponent", [-100, -70, 70, 100])
 def test_gradients_know_no_scale(state, exponent, soft):
