@@ -137,7 +137,7 @@ def orthonormalizer(
     block, eye = grams.shape[-1], identity(grams)
     if block == 1:
         change = jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
-        return change if good is None else jnp.where(good[:, None, None], change, eye)
+        return _where(good, change, eye)
     diagonal = _diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
     length = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
     # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
@@ -145,12 +145,14 @@ def orthonormalizer(
     scale = scale.reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
-    change = change * scale[..., None, :]
+    change = _where(good, change * scale[..., None, :], eye)
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
-    correction = 1.5 * eye - 0.5 * reached
-    if good is not None:  # the product of ones is 1, exactly
-        change, correction = (jnp.where(good[:, None, None], x, eye) for x in (change, correction))
+    correction = _where(good, 1.5 * eye - 0.5 * reached, eye)  # the product of ones is 1, exactly
     return _product(correction, change)
+
+
+def _where(good: Bool[Array, " n"] | None, x: Array, other: Array) -> Float[Array, "n b b"]:
+    return x if good is None else jnp.where(good[:, None, None], x, other)
 
 
 def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:

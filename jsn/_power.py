@@ -229,7 +229,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     # repairs the rounding of the first, which is large where residuals are all but zero.
     grams = _each(_gram_of, weights, [second.fresh for second in seconds])
     changes = orthonormalizer(stack.matrices(grams, fill=1))
-    good = jnp.isfinite(rows.sum((-2, -1)) + changes.sum((-2, -1)))  # as their entries are
+    good = jnp.isfinite(changes.sum((-2, -1)))  # as all that they were made of is
     if not plain.all():
         changes = among_kept(changes, plain, block)
     changes = stack.split(changes, blocks, [weight.n_leading for weight in weights])
