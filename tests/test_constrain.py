@@ -197,9 +197,8 @@ def test_a_weight_that_is_not_scaled_does_not_feel_its_bound(state):
     assert all(np.array_equal(free[name]["kernel"], COSTS[name]) for name in COSTS)
     of = lambda params, bound, soft: loss(params, state, bound=bound, soft=soft)
     assert jax.grad(of, argnums=1)(PARAMS, 9.0, True) == 0
-    bent = jax.grad(of, argnums=1)(
-        PARAMS, 4.0, True
-    )  # by the weight of norm 5, as without the other
+    # Only the weight of norm 5 feels a bound of 4, as if the other were not there.
+    bent = jax.grad(of, argnums=1)(PARAMS, 4.0, True)
     alone = {"dec": PARAMS["dec"], "enc": {**PARAMS["enc"], "kernel": jnp.zeros((64, 48))}}
     assert np.isclose(bent, jax.grad(of, argnums=1)(alone, 4.0, False), rtol=1e-6)
 
