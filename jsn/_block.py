@@ -7,7 +7,6 @@ and so runs once for all of them, on one stack of matrices. Must not know weight
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jsn._operator import contract, explicit_spec, size
+from jsn._pieces import cut
 from jsn._types import Block
 
 
@@ -194,52 +194,6 @@ def _diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
 
 def _product(x: Float[Array, "n a b"], y: Float[Array, "n b c"]) -> Float[Array, "n a c"]:
     return contract(x, y, ((2,), (1,)), ((0,), (0,)))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def cut(arrays: Sequence[Array], batches: Sequence[tuple[int, ...]]) -> list[list[Array]]:
-    """Cuts arrays apart: their first axis becomes the batch axes of one part after the other.
-
-    XLA:CPU compiles a kernel for each slice, about 10 ms, but equal kernels only once. What makes
-    them equal is that where a slice begins is data, hidden from the compiler. (It comes in a vector
-    that is no progression: those, and scalars, are written into the kernel.)
-    """
-    if len(batches) == 1:
-        return split(arrays, batches)
-    starts = np.cumsum([0, *map(size, batches[:-1])])
-    hidden = lax.optimization_barrier([np.array([n, 0, 1], np.uint32) for n in starts])
-    parts = [_part(arrays, *place) for place in zip(hidden, batches, strict=True)]
-    return [list(each) for each in zip(*parts, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnums=2)  # traced once for each shape
-def _part(arrays: Sequence[Array], start: Array, batch: tuple[int, ...]) -> list[Array]:
-    parts = []
-    for x in arrays:
-        inner = x.shape[1:]
-        begin = (start[0], *(np.uint32(0) for _ in inner))
-        part = lax.dynamic_slice(x, begin, (size(batch), *inner))
-        parts.append(part.reshape(*batch, *inner))
-    return parts
-
-
-@cut.defjvp
-def _(batches, primals, tangents):
-    """On the way back one concatenation; sums of padded slices compile in quadratic time."""
-    (arrays,), (changes,) = primals, tangents
-    return cut(arrays, batches), split(changes, batches)
-
-
-def split(arrays: Sequence[Array], batches: Sequence[tuple[int, ...]]) -> list[list[Array]]:
-    """The same in the open: for parts that someone joins again, as if they had never been apart."""
-    sizes = list(map(size, batches))
-    return [
-        [
-            part.reshape(*batch, *part.shape[1:])
-            for part, batch in zip(lax.split(x, sizes), batches, strict=True)
-        ]
-        for x in arrays
-    ]
 
 
 class Stack(NamedTuple):

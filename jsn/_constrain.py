@@ -23,11 +23,12 @@ from jsn import _errors
 from jsn._block import Stack
 from jsn._operator import explicit_spec
 from jsn._rules import Leaf, flatten
-from jsn._types import PyTree, Sigma, Weight
+from jsn._types import Operator, PyTree, Sigma, Weight
 
 
 def constrain(
-    leaves: Sequence[Leaf],
+    operators: Sequence[Operator],
+    weights: Sequence[Weight],
     sigmas: Sequence[Sigma],
     bounds: Sequence[Any],
     soft: bool,
@@ -40,7 +41,7 @@ def constrain(
     """
     one = jnp.ndim(bounds[0]) == 0 and all(bound is bounds[0] for bound in bounds)
     factors = _factors(soft, list(sigmas), list(bounds[:1] if one else bounds))
-    return [_scaled(*each) for each in zip(leaves, factors, scales, strict=True)]
+    return [_scaled(*each) for each in zip(operators, weights, factors, scales, strict=True)]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -49,11 +50,13 @@ def _factors(soft: bool, sigmas: list[Sigma], bounds: list[Any]) -> list[Sigma]:
     stack = Stack(tuple(sigma.shape for sigma in sigmas))
     sigma = stack.flat(sigmas)
     bound = jnp.asarray(bounds[0], sigma.dtype)
-    if len(bounds) > 1:
+    if len(bounds) > 1 or bound.ndim:
         each = zip(bounds, stack.batches, strict=True)
         bound = stack.flat([jnp.broadcast_to(jnp.asarray(b, sigma.dtype), n) for b, n in each])
     scaled = ~(sigma <= bound) if soft else sigma != 0  # a NaN sigma scales
-    return stack.split(jnp.where(scaled, bound, 1) / jnp.where(scaled, sigma, 1))
+    factor = jnp.where(scaled, bound, 1) / jnp.where(scaled, sigma, 1)
+    # Else XLA divides a factor by its bound as `bound / (sigma * bound)`, which may underflow.
+    return stack.split(lax.optimization_barrier(factor))
 
 
 @functools.partial(_factors.defjvp, symbolic_zeros=True)
@@ -84,8 +87,8 @@ def _change(soft: bool, factor: Sigma, bound: Any, d_sigma: Any, d_bound: Any) -
     return change
 
 
-def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
-    W, dtype = leaf.value, np.promote_types(leaf.value.dtype, np.float32)
+def _scaled(operator: Operator, W: Weight, factor: Sigma, scale: Any) -> Weight:
+    dtype = np.promote_types(W.dtype, np.float32)
     factor = factor.astype(dtype)
     if scale is None and factor.ndim == 0 and W.ndim > 3:  # three axes may be attention's too
         divisor = lax.optimization_barrier(1 / factor)  # else XLA sees a product in the quotient
@@ -93,14 +96,14 @@ def _scaled(leaf: Leaf, factor: Sigma, scale: Any) -> Weight:
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
     if factor.ndim:
-        factor = _spread(leaf, factor)
+        factor = _spread(operator, W, factor)
     return (W.astype(dtype) * factor).astype(W.dtype)
 
 
-def _spread(leaf: Leaf, factor: Sigma) -> Array:
+def _spread(operator: Operator, W: Weight, factor: Sigma) -> Array:
     """One factor for each batch entry, on the batch axes of the weight, and where those live."""
-    factor = leaf.operator.spread(factor, leaf.value.shape)  # type: ignore
-    spec = explicit_spec(leaf.value)
+    factor = operator.spread(factor, W.shape)
+    spec = explicit_spec(W)
     if spec is None:
         return factor
     kept = [axis if n > 1 else None for axis, n in zip(spec, factor.shape, strict=True)]
@@ -143,7 +146,7 @@ def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[
         if jax.tree.structure(value) == jax.tree.structure(0):
             problems = [("every weight", problems[0][1])]
         raise ValueError(_errors.bad_bound(call, name, problems))
-    return values
+    return [1.0 if x is None else x for x in values]  # no scale
 
 
 def broadcast(call: str, name: str, prefix: PyTree, params: PyTree) -> list[Any]:

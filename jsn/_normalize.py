@@ -128,14 +128,16 @@ def _normalize(
     leaves, rebuild, us, replace = _match(params, state, call)
     bounds = per_leaf(call, "bound", bound, params, leaves)
     scales = per_leaf(call, "scale", scale, params, leaves)
-    sigmas, us = _track(leaves, us, n_steps)
     tracked = [index for index, leaf in enumerate(leaves) if leaf.operator is not None]
     pick = lambda values: [values[index] for index in tracked]
     values = [leaf.value for leaf in leaves]
     if tracked:
-        scaled = constrain(pick(leaves), list(sigmas.values()), pick(bounds), soft, pick(scales))
-        for index, value in zip(tracked, scaled, strict=True):
-            values[index] = value
+        laid = _lay(pick(leaves), us)
+        sigmas, blocks = _plan.track(laid.operators, laid.weights, laid.us, n_steps)
+        how = laid.together(pick(bounds)), soft, laid.together(pick(scales))
+        scaled = constrain(laid.operators, laid.weights, sigmas, *how)
+        for index, value, u in zip(tracked, *laid.apart(scaled, blocks), strict=True):
+            values[index], us[leaves[index].path] = value, u
     return rebuild(values), replace(us)
 
 
@@ -213,14 +215,18 @@ def _track(
 ) -> tuple[dict[str, Any], dict[str, Block]]:
     """Sigmas and next blocks of the tracked leaves, by path."""
     tracked = [leaf for leaf in leaves if leaf.operator is not None]
+    if not tracked:
+        return {}, {}
+    laid = _lay(tracked, us)
+    found = _plan.track(laid.operators, laid.weights, laid.us, n_steps)
     paths = [leaf.path for leaf in tracked]
-    found, blocks = _plan.track(
-        [leaf.operator for leaf in tracked],  # type: ignore
-        [leaf.value for leaf in tracked],
-        [us[path] for path in paths],
-        n_steps,
-    )
-    return dict(zip(paths, found, strict=True)), dict(zip(paths, blocks, strict=True))
+    sigmas, blocks = (dict(zip(paths, each, strict=True)) for each in laid.apart(*found))
+    return sigmas, blocks
+
+
+def _lay(leaves: Sequence[Leaf], us: Mapping[str, Block]) -> _plan.Laid:
+    operators: Any = [leaf.operator for leaf in leaves]
+    return _plan.lay(operators, [leaf.value for leaf in leaves], [us[leaf.path] for leaf in leaves])
 
 
 Replace = Callable[[Mapping[str, Block]], Any]

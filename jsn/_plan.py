@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jsn import _power
-from jsn._block import cut, split
 from jsn._operator import Matrix, explicit_spec
+from jsn._pieces import cut, join, split
 from jsn._power import Pairs, Tracked, full_side, start, usable
 from jsn._sharding import landing
 from jsn._types import Block, Operator, Sigma, Weight
@@ -73,13 +75,21 @@ def _groups(tracked: Sequence[Tracked]) -> list[list[int]]:
     """Weights that can share their thin operations, by index."""
     groups: dict[Any, list[int]] = {}
     for index, (operator, W, u) in enumerate(tracked):
-        sharding = jax.typeof(W).sharding
+        kind = jax.typeof(W)
         # A mesh with automatic axes does not tell yet where a weight lies: stacked blocks of two
         # weights could lie on different axes, and one of them would have to move.
-        alone = index if AxisType.Auto in sharding.mesh.axis_types else None
-        key = (operator, W.shape, W.dtype, sharding, u.shape, alone)
-        groups.setdefault(key, []).append(index)
+        alone = index if AxisType.Auto in kind.sharding.mesh.axis_types else None
+        groups.setdefault((operator, kind, jax.typeof(u), alone), []).append(index)
     return list(groups.values())
+
+
+def _together(members: Sequence[Tracked]) -> Tracked:
+    """A group as one."""
+    if len(members) == 1:
+        return members[0]
+    group: Any = _Group(members[0].operator, len(members))
+    weights: Any = _Weights(tuple(member.W for member in members))
+    return Tracked(group, weights, jnp.stack([member.u for member in members]))
 
 
 _SMALL = 1 << 13
@@ -87,17 +97,46 @@ _SMALL = 1 << 13
 instead of many: on a CPU 64 weights of 64 x 64 take 0.93 of the time, of 128 x 128 1.02."""
 
 
-def _together(members: Sequence[Tracked]) -> Tracked:
-    """A group as one."""
-    if len(members) == 1:
-        return members[0]
-    operator, weights = members[0].operator, [member.W for member in members]
-    u = jnp.stack([member.u for member in members])
-    small = isinstance(operator, Matrix) and weights[0].size <= _SMALL
-    if small and explicit_spec(weights[0]) is None:
-        return Tracked(operator.lifted((0,), 1 + weights[0].ndim), jnp.stack(weights), u)
-    group: Any = _Group(operator, len(members))
-    return Tracked(group, _Weights(tuple(weights)), u)  # type: ignore
+class Laid(NamedTuple):
+    """A tree, laid out to run: small weights of one shape lie together, as one weight."""
+
+    groups: list[list[int]]
+    """Which weights lie together, by index."""
+    operators: list[Operator]
+    weights: list[Weight]
+    us: list[Block]
+
+    def together(self, values: Sequence[Any]) -> list[Any]:
+        """Lays out numbers for each weight; what is one number for all of a group stays one."""
+        return [
+            self._numbers(W, [values[i] for i in group])
+            for W, group in zip(self.weights, self.groups, strict=True)
+        ]
+
+    def _numbers(self, W: Weight, values: Sequence[Any]) -> Any:
+        if all(x is values[0] for x in values):
+            return values[0]
+        dtype = np.promote_types(W.dtype, np.float32)  # no bfloat16 among them takes them all down
+        return join(jnp.broadcast_arrays(*[jnp.asarray(x, dtype) for x in values]))
+
+    def apart(self, *found: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
+        """What was found for the weights as they lie, for each of them again."""
+        return zip(*_in_order(self.groups, found), strict=True)
+
+
+def lay(operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[Block]) -> Laid:
+    """Lays small matrices of one shape together, with one more batch axis; nothing else moves."""
+    groups: list[list[int]] = []
+    for group in _groups(list(map(Tracked, operators, weights, us))):
+        first, W = operators[group[0]], weights[group[0]]
+        small = isinstance(first, Matrix) and W.size <= _SMALL and explicit_spec(W) is None
+        groups += [group] if small else [[i] for i in group]
+    views = [
+        operators[i].lifted((0,), 1 + weights[i].ndim) if more else operators[i]
+        for i, *more in groups
+    ]
+    laid = lambda arrays: [join([arrays[i] for i in g]) if g[1:] else arrays[g[0]] for g in groups]
+    return Laid(groups, views, laid(weights), laid(us))
 
 
 def _members(
@@ -107,6 +146,14 @@ def _members(
     for group, *each in zip(groups, *found, strict=True):
         parts = cut(each, ((),) * len(group)) if len(group) > 1 else [[x] for x in each]
         yield from zip(*parts, strict=True)
+
+
+def _in_order(
+    groups: Sequence[Sequence[int]], found: Sequence[Sequence[Array]]
+) -> list[tuple[Array, ...]]:
+    """The same, in the order of the weights."""
+    members = dict(zip(itertools.chain(*groups), _members(groups, found), strict=True))
+    return [members[i] for i in range(len(members))]
 
 
 def _families(tracked: Sequence[Tracked]) -> list[list[int]]:
@@ -181,20 +228,22 @@ def begin(
     """
     sides = [full_side(op, W.shape) for op, W in zip(operators, weights, strict=True)]
     wide = [min(max(block_size, _WARM_BLOCK), side) for side in sides]
+    us = [start(op, W.shape, b) for op, W, b in zip(operators, weights, wide, strict=True)]
+    laid = lay(operators, weights, us)
     tracked = [
-        Tracked(op, W, _place(op, W, start(op, W.shape, block)))
-        for op, W, block in zip(operators, weights, wide, strict=True)
+        Tracked(op, W, _place(op, W, u))
+        for op, W, u in zip(laid.operators, laid.weights, laid.us, strict=True)
     ]
     groups = _groups(tracked)
     grouped = [_together([tracked[i] for i in group]) for group in groups]
     grouped = _power.settle(_power.orthonormal(grouped), warmup)
     best = [
-        lax.slice_in_dim(each.u, 0, min(block_size, sides[group[0]]), axis=len(each.batch))
-        for group, each in zip(groups, grouped, strict=True)
+        lax.slice_in_dim(each.u, 0, min(block_size, each.block), axis=len(each.batch))
+        for each in grouped
     ]
-    members = [i for group in groups for i in group]
-    found = {i: x for i, (x,) in zip(members, _members(groups, [best]), strict=True)}
-    return [found[i] for i in range(len(tracked))]
+    (best,) = zip(*_in_order(groups, [best]), strict=True)
+    (best,) = laid.apart(best)
+    return list(best)
 
 
 _WARM_BLOCK = 32

@@ -43,10 +43,10 @@ from jsn._block import (
     orthonormalizer,
     probe,
     ritz,
-    split,
     thirds,
 )
 from jsn._operator import Matrix, contract, explicit_spec, size
+from jsn._pieces import split
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
 

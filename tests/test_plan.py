@@ -64,14 +64,15 @@ def test_the_gradient_pads_nothing_for_each_weight():
     assert paddings(9, 1) == paddings(3, 1)  # all shapes differ
 
 
-def test_weights_of_one_shape_share_their_kernels():
+@pytest.mark.parametrize("shape", [(20, 12), (120, 80)])
+def test_weights_of_one_shape_share_their_kernels(shape):
     """XLA:CPU compiles equal kernels once: what is done for each weight must not differ.
 
     Where a slice begins differs, and is written into the kernel unless it is hidden.
     """
 
     def distinct(n: int) -> int:
-        params = kernels(*[(120, 80)] * n)
+        params = kernels(*[shape] * n)
         state = jsn.init(params, block_size=4, warmup=0)
         norm = lambda params: sum(map(jnp.sum, jax.tree.leaves(jsn.normalize(params, state)[0])))
         found = jaxprs.fusions(jax.grad(norm), params)
@@ -120,6 +121,45 @@ def test_a_tree_gives_what_each_weight_alone_gives(block_size):
         assert np.allclose(together[name]["kernel"], alone[name]["kernel"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(20, 12), (120, 80), (3, 20, 12), (3, 3, 4, 8)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_weights_of_one_shape_have_bounds_and_scales_of_their_own(shape, soft):
+    """Numbers, arrays and none; values and every gradient are those of each weight alone."""
+    rules = [("kernel", Matrix(batch_axis=0 if len(shape) == 3 else ()))]
+    batch = shape[:1] if len(shape) == 3 else ()
+    params = kernels(*[shape] * 4)
+    state = jsn.init(params, rules=rules, block_size=4)
+    values = [2.0, jnp.full(batch, 3.0), jnp.full((), 2.0, jnp.bfloat16), 2.0]
+    bounds = dict(zip(params, values, strict=True))
+    scales = dict(zip(params, (None, 0.5, jnp.full(batch, -2.0), None), strict=True))
+
+    def loss(params, state, bounds, scales):
+        done, _ = jsn.normalize(params, state, bound=bounds, scale=scales, soft=soft)
+        return sum(jnp.sum(jnp.sin(7 * x) * x) for x in jax.tree.leaves(done)), done
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True)
+    (_, done), found = jax.jit(gradient)(params, state, bounds, scales)
+    for name in params:
+        part = [{name: tree[name]} for tree in (params, bounds, scales)]
+        alone = jsn.init(part[0], rules=rules, block_size=4)
+        (_, one), expected = gradient(part[0], alone, *part[1:])
+        same = functools.partial(np.allclose, rtol=1e-3, atol=1e-5)
+        found_for_it = [tree[name] for tree in (done, *found)]
+        expected_for_it = [tree[name] for tree in (one, *expected)]
+        assert jax.tree.all(jax.tree.map(same, found_for_it, expected_for_it))
+
+
+def test_one_array_may_be_two_weights():
+    W = jnp.asarray(gaussian(3, 20, 12))
+    params = {"a": {"kernel": W}, "b": {"kernel": W}}
+    state = jsn.init(params, block_size=4)
+    done, _ = jsn.normalize(params, state)
+    assert jsn.sigmas(params, state)["b"]["kernel"].shape == ()
+    assert done["a"]["kernel"].shape == (20, 12)
+    assert np.array_equal(done["a"]["kernel"], done["b"]["kernel"])
+    assert abs(true_norm(done["a"]["kernel"]) - 1) < 1e-3
+
+
 def test_the_order_of_the_leaves_does_not_matter():
     params = kernels(*MIXED)
     renamed = {f"z{9 - int(name[-1])}": value for name, value in params.items()}
@@ -149,11 +189,12 @@ def test_dtypes_views_and_batches_mix():
         assert np.allclose(matrix, normalized["single"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(20, 12), (120, 80)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
-def test_weights_of_one_shape_do_not_spoil_each_other(bad):
-    params = kernels(*[(20, 12)] * 4)
+def test_weights_of_one_shape_do_not_spoil_each_other(bad, shape):
+    params = kernels(*[shape] * 4)
     state = jsn.init(params, block_size=6)
-    broken = {**params, "layer_2": {"kernel": jnp.full((20, 12), bad)}}
+    broken = {**params, "layer_2": {"kernel": jnp.full(shape, bad)}}
     expected, found = normalize(params, state), normalize(broken, state)
     for name in ("layer_0", "layer_1", "layer_3"):
         assert np.array_equal(expected[0][name]["kernel"], found[0][name]["kernel"])
