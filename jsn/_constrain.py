@@ -122,9 +122,9 @@ def _divided(W: Weight, factor: Sigma, divisor: Sigma) -> Weight:
 
 @_divided.defjvp
 def _(primals, tangents):
-    """One quotient for both terms: on the way back it is formed once."""
+    """The divisor is the factor over again: its change says nothing new."""
     (W, factor, divisor), (dW, d_factor, _) = primals, tangents
-    return _divided(W, factor, divisor), (dW + W * (d_factor * divisor)) / divisor
+    return _divided(W, factor, divisor), dW / divisor + W * d_factor
 
 
 def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:

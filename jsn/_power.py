@@ -99,11 +99,6 @@ def _safe(x: Array) -> Array:
     return jnp.where(x > 0, x, 1)
 
 
-def _positive(x: Array) -> Array:
-    """Rounding can make a square negative; a NaN stays one."""
-    return jnp.maximum(x, 0)
-
-
 def start(operator: Operator, shape: tuple[int, ...], block: int) -> Block:
     """The first block of a weight, not yet orthonormal: a fixed probe."""
     batch = operator.batch(shape)
@@ -164,9 +159,11 @@ class Second(NamedTuple):
     """What the second read gives."""
 
     v: Block
-    """The leading Ritz vectors on the input side, of the size of their Ritz values."""
+    """The leading Ritz vectors on the input side, times `scale` and the roots of Ritz values."""
     y: Block
-    """Their images `A v / scale`: of moderate size, whatever the scale."""
+    """Their images `A v`: of a size that has a square, whatever the scale of W."""
+    scale: Sigma
+    """A power of two."""
     kept: Block | None
     """Ritz vectors, `-w q`, previous directions; None where y alone makes the next block."""
     fresh: Block
@@ -191,15 +188,17 @@ def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"])
     """The second read of W, with the leading Ritz vectors: about a third of the block."""
     n_batch = len(weight.batch)
     leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
-    v = _mix(leading, first.v)
+    # Scaled where it is small: y needs no pass of its own. As far as neither v nor y^2 is lost.
+    limit = 2.0 ** (2 * jnp.finfo(first.shrink.dtype).minexp // 3)
+    scale = jnp.clip(first.shrink, limit, 1 / limit)
+    v = _mix(leading * _over(scale, leading), first.v)
     y = weight.operator.matvec(weight.W, v)
-    y = y * _over(first.shrink, y)
-    if weight.is_subspace:
-        kept, fresh = None, y
-    else:
+    fresh = y * _over(first.shrink / scale, y)
+    kept = None
+    if not weight.is_subspace:
         kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), thirds(weight.block)
-        fresh = y + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
-    return Second(v, y, kept, fresh + NOISE * probe(fresh.shape, n_batch))
+        fresh = fresh + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
+    return Second(v, y, scale, kept, fresh + NOISE * probe(fresh.shape, n_batch))
 
 
 def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
@@ -242,8 +241,9 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
     y_square = stack.flat(_each(_square, weights, [second.y for second in seconds]))
-    v_square = _positive(basis.values[:, 0])
-    return _pairs(stack, firsts, (y_square, ys), (v_square, vs)), new
+    per_y = _inverse_length(y_square)
+    per_v = _inverse_length(basis.values[:, 0]) / stack.flat([second.scale for second in seconds])
+    return _pairs(stack, y_square * per_y * per_v, (ys, per_y), (vs, per_v)), new
 
 
 def stored(weights: Sequence[Tracked]) -> Pairs:
@@ -255,24 +255,20 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
     vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
-    u_square = stack.flat(_each(_square, weights, us))
-    v_square = _positive(basis.values[:, 0])
-    pairs = _pairs(stack, firsts, (v_square, vs), (u_square, _each(_best, weights, us)))
-    return Pairs(pairs.sigma, pairs.v, pairs.u)
+    per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
+    v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
+    per_v = _inverse_length(v_square)
+    sigma = v_square * per_v * per_u / stack.flat([first.shrink for first in firsts])
+    return _pairs(stack, sigma, (_each(_best, weights, us), per_u), (vs, per_v))
 
 
-def _pairs(
-    stack: Stack,
-    firsts: Sequence[First],
-    image: tuple[Float[Array, " n"], list[Array]],
-    source: tuple[Float[Array, " n"], list[Array]],
-) -> Pairs:
-    """Pairs, from the squared lengths and the vectors of `image = shrink A source`."""
-    (y_square, ys), (v_square, vs) = image, source
-    per_y, per_v = _inverse_length(y_square), _inverse_length(v_square)
-    sigma = y_square * per_y * per_v / stack.flat([first.shrink for first in firsts])
+Scaled = tuple[list[Array], Float[Array, " n"]]
+
+
+def _pairs(stack: Stack, sigma: Float[Array, " n"], left: Scaled, right: Scaled) -> Pairs:
+    """Pairs, from all sigmas and the singular vectors, which come with their inverse lengths."""
     (sigmas,) = split([sigma], stack.batches)
-    return Pairs(sigmas, _times(stack, ys, per_y), _times(stack, vs, per_v))
+    return Pairs(sigmas, _times(stack, *left), _times(stack, *right))
 
 
 def _inverse_length(square: Float[Array, " n"]) -> Float[Array, " n"]:
