@@ -134,8 +134,8 @@ def _normalize(
     if tracked:
         laid = _lay(pick(leaves), us)
         sigmas, blocks = _plan.track(laid.operators, laid.weights, laid.us, n_steps)
-        how = laid.together(pick(bounds)), soft, laid.together(pick(scales))
-        scaled = constrain(laid.operators, laid.weights, sigmas, *how)
+        bounds, scales = laid.together(pick(bounds)), laid.together(pick(scales))
+        scaled = constrain(laid.operators, laid.weights, sigmas, bounds, soft, scales)
         for index, value, u in zip(tracked, *laid.apart(scaled, blocks), strict=True):
             values[index], us[leaves[index].path] = value, u
     return rebuild(values), replace(us)

@@ -190,6 +190,31 @@ def test_shard_map_on_replicated_parameters(kind):
     agree((value, grads), expected[:2])
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_shard_map_on_a_network_for_each_device(kind):
+    """Weights of one shape that lie together, and differ from device to device."""
+    stack = lambda seed: jnp.asarray(gaussian(seed, 8, 20, 12))
+    params = {name: {"kernel": stack(seed)} for seed, name in enumerate("abc")}
+    state = jax.vmap(functools.partial(jsn.init, block_size=4))(params)
+    scales = {name: jnp.full(8, 1.0 + index) for index, name in enumerate(params)}
+
+    def loss(params, state, scales):
+        scale = {name: {"kernel": factor} for name, factor in scales.items()}
+        done, _ = jsn.normalize(params, state, scale=scale)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(done))
+
+    def of_one(*one):
+        return loss(*jax.tree.map(lambda x: x[0], one))[None]
+
+    mesh = mesh_of(kind, (8,), ("data",))
+    expected = jax.vmap(jax.grad(loss, argnums=(0, 2)))(params, state, scales)
+    apart = jax.shard_map(of_one, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    total = lambda *args: jnp.sum(apart(*args))
+    with jax.set_mesh(mesh):
+        args = jax.device_put((params, state, scales), NamedSharding(mesh, P("data")))
+        agree(jax.jit(jax.grad(total, argnums=(0, 2)))(*args), expected)
+
+
 def test_replicas_in_the_style_of_pmap_stay_equal():
     params, x = weights(), jnp.asarray(gaussian(2, 16, 8))
     state = jsn.init(params, block_size=4, warmup=1)
