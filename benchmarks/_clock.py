@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -72,6 +72,17 @@ def summary(times: list[float]) -> Row:
 def ratio(times: list[float], others: list[float]) -> float:
     """The median of the ratios of the rounds: what slows a whole round down cancels."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def typical(runs: Sequence[Row]) -> Row:
+    """One measurement of several: the medians of its numbers, and the range of the ratios."""
+    rows = []
+    for same in zip(*(run["rows"] for run in runs), strict=True):
+        numbers = [key for key, value in same[0].items() if isinstance(value, float)]
+        medians = {key: statistics.median(row[key] for row in same) for key in numbers}
+        ratios = [row["ratio"] for row in same]
+        rows.append(same[0] | medians | {"ratios": [min(ratios), max(ratios)]})
+    return runs[0] | {"processes": len(runs), "rows": rows}
 
 
 def compile_timed(function: Callable, *args: Any) -> tuple[Any, float]:

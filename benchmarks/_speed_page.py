@@ -161,15 +161,20 @@ def equal_table(part: Mapping[str, Any]) -> Table:
 
 
 def step_table(part: Mapping[str, Any]) -> Table:
-    """A whole training step as multiples of the same step without normalization."""
+    """A whole training step as multiples of the same step without normalization.
+
+    Medians of several processes, and the range of those.
+    """
     batches = list(dict.fromkeys(row["batch"] for row in part["rows"]))
-    rows: dict[str, dict[int, float]] = {}
+    rows: dict[str, dict[int, str]] = {}
     for row in part["rows"]:
-        rows.setdefault(row["name"], {})[row["batch"]] = row["ratio"]
+        low, high = row.get("ratios", (row["ratio"],) * 2)
+        spread = f" ({low:.2f} to {high:.2f})" if low < high else ""
+        rows.setdefault(row["name"], {})[row["batch"]] = f"{row['ratio']:.3f}{spread}"
     head = ("training step", *(f"batch {batch}" for batch in batches))
     labels = {"jsn, decorator": "jsn, decorator, twice", FLAX: "Flax linen's wrapper, twice"}
     return head, [
-        (labels.get(name, name), *(f"{found[batch]:.3f}" for batch in batches))
+        (labels.get(name, name), *(found[batch] for batch in batches))
         for name, found in rows.items()
     ]
 

@@ -141,6 +141,17 @@ def test_turns_call_everything_equally_often_and_stop_in_time():
     assert _clock.ratio([1.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
 
 
+def test_of_several_processes_the_median_counts_and_the_range_is_told():
+    def run(ratio):
+        return {"rows": [{"name": "jsn", "batch": 4, "ms": 40 * ratio, "ratio": ratio}]}
+
+    found = _clock.typical([run(1.1), run(1.0), run(1.5)])
+    (row,) = found["rows"]
+    assert found["processes"] == 3
+    assert row == {"name": "jsn", "batch": 4, "ms": 44, "ratio": 1.1, "ratios": [1.0, 1.5]}
+    assert _speed_page.step_table(found)[1] == [("jsn", "1.100 (1.00 to 1.50)")]
+
+
 @pytest.mark.slow
 def test_smoke():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
