@@ -169,7 +169,7 @@ def step_table(part: Mapping[str, Any]) -> Table:
     rows: dict[str, dict[int, str]] = {}
     for row in part["rows"]:
         low, high = row.get("ratios", (row["ratio"],) * 2)
-        spread = f" ({low:.2f} to {high:.2f})" if low < high else ""
+        spread = f" ({low:.3f} to {high:.3f})" if low < high else ""
         rows.setdefault(row["name"], {})[row["batch"]] = f"{row['ratio']:.3f}{spread}"
     head = ("training step", *(f"batch {batch}" for batch in batches))
     labels = {"jsn, decorator": "jsn, decorator, twice", FLAX: "Flax linen's wrapper, twice"}

@@ -149,7 +149,7 @@ def test_of_several_processes_the_median_counts_and_the_range_is_told():
     (row,) = found["rows"]
     assert found["processes"] == 3
     assert row == {"name": "jsn", "batch": 4, "ms": 44, "ratio": 1.1, "ratios": [1.0, 1.5]}
-    assert _speed_page.step_table(found)[1] == [("jsn", "1.100 (1.00 to 1.50)")]
+    assert _speed_page.step_table(found)[1] == [("jsn", "1.100 (1.000 to 1.500)")]
 
 
 @pytest.mark.slow
