@@ -6,6 +6,7 @@ around every layer. Runs in a process of its own.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import jsn
 from benchmarks import _clock
 from benchmarks._cases import CRITIC
 from benchmarks._clock import Row
+from jsn._constrain import constrain
 from jsn._power import Pairs, Tracked, with_derivative
 
 PyTree = Any
@@ -104,11 +106,11 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def floor(model: nn.Module, each_pass: bool, divide: bool) -> Forward:
+def floor(model: nn.Module, each_pass: bool, ours: bool) -> Forward:
     """What no block of this size can do without, once or in each pass, and nothing else.
 
-    Its two products with each weight, the scaling, and the derivative of both. Weights are divided
-    by sigma, or multiplied with 1 / sigma, as jsn does: XLA does not always treat these alike.
+    Its two products with each weight, the scaling, and the derivative of both. Weights are
+    multiplied with 1 / sigma, or scaled as jsn does it, which XLA treats differently.
     """
 
     def normalized(W: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,8 +120,11 @@ def floor(model: nn.Module, each_pass: bool, divide: bool) -> Forward:
         # As if it had converged: all is of the right size, whatever was found.
         pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)
+        if ours:
+            (scaled,) = constrain([weight.operator], [W], [sigma], [1.0], False, [None])
+        else:
+            scaled = W * (1 / jnp.where(sigma > 0, sigma, 1))
         # No compiler may see that the next pass would find the same.
-        scaled = W / sigma if divide else W * (1 / jnp.where(sigma > 0, sigma, 1))
         return scaled, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
 
     def both(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
@@ -190,6 +195,23 @@ def _state_of(model: Any, params: PyTree, x: jax.Array) -> PyTree:
 # --- the parts --------------------------------------------------------------------------------
 
 
+def smaller(
+    cls: type[nn.Module], params: PyTree, x: jax.Array, block_size: int = 16, **fields: Any
+) -> dict[str, Any]:
+    """With fewer vectors than the default of jsn, as forward passes and their first state."""
+    ours = decorated(cls, block_size=block_size)(**fields)
+    return {
+        f"jsn, block {block_size}, normalized once": (
+            once(cls(**fields)),
+            made(functools.partial(jsn.init, block_size=block_size), params),
+        ),
+        f"jsn, block {block_size}, decorator": (
+            each_time(ours, "sn_state"),
+            made(lambda params: _state_of(ours, params, x), params),
+        ),
+    }
+
+
 def floors(
     cls: type[nn.Module], params: PyTree, make: Callable[..., PyTree] = made, **fields: Any
 ) -> dict[str, Any]:
@@ -199,7 +221,7 @@ def floors(
     return {
         f"floor of the default, {often}{how}": (floor(model, often == "twice", bool(how)), us)
         for often in ("once", "twice")
-        for how in ("", ", dividing")
+        for how in ("", ", scaled as jsn does")
     }
 
 
@@ -222,7 +244,7 @@ def measure_step(
     for index, batch in enumerate(settings["batches"]):
         real, fake = jax.random.normal(jax.random.key(0), (2, batch, 32, 32, 3))
         params, makers = variants(Critic, real[:1], **fields)
-        makers |= floors(Critic, params, **fields)
+        makers |= smaller(Critic, params, real[:1], **fields) | floors(Critic, params, **fields)
         calls, compiling = {}, {}
         for name, (forward, state) in makers.items():
             step = _adam_step(_hinge(forward), params)

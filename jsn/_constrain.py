@@ -90,9 +90,8 @@ def _change(soft: bool, factor: Sigma, bound: Any, d_sigma: Any, d_bound: Any) -
 def _scaled(operator: Operator, W: Weight, factor: Sigma, scale: Any) -> Weight:
     dtype = np.promote_types(W.dtype, np.float32)
     factor = factor.astype(dtype)
-    if scale is None and factor.ndim == 0 and W.ndim > 3:  # three axes may be attention's too
-        divisor = lax.optimization_barrier(1 / factor)  # else XLA sees a product in the quotient
-        return _divided(W.astype(dtype), factor, divisor).astype(W.dtype)
+    if scale is None and factor.ndim == 0 and _is_kernel(operator, W):
+        return _kernel_scaled(False, W.astype(dtype), factor).astype(W.dtype)
     if scale is not None:
         factor = factor * jnp.asarray(scale, dtype)
     if factor.ndim:
@@ -110,21 +109,39 @@ def _spread(operator: Operator, W: Weight, factor: Sigma) -> Array:
     return jax.sharding.reshard(factor, PartitionSpec(*kept))
 
 
-@jax.custom_jvp
-def _divided(W: Weight, factor: Sigma, divisor: Sigma) -> Weight:
-    """`W * factor` for kernels of convolutions, as a quotient: `divisor` is 1 / `factor`.
+def _is_kernel(operator: Operator, W: Weight) -> bool:
+    """Whether it looks like a convolution's kernel in Flax, with its window in front.
 
-    On the way back a convolution takes its kernel reversed and transposed. XLA:CPU fuses both with
-    a product, into one pass that is slower than the two passes that it makes of a quotient.
+    Three axes may be attention's too.
     """
-    return W / divisor
+    return W.ndim > 3 and getattr(operator, "out_axis", None) != (0,)  # as PyTorch's kernels have
 
 
-@_divided.defjvp
-def _(primals, tangents):
-    """The divisor is the factor over again: its change says nothing new."""
-    (W, factor, divisor), (dW, d_factor, _) = primals, tangents
-    return _divided(W, factor, divisor), dW / divisor + W * d_factor
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _kernel_scaled(back: bool, W: Weight, factor: Sigma) -> Weight:
+    """`W * factor` for kernels of convolutions; `back`: in a program that has a way back.
+
+    On that way a convolution takes its kernel reversed and transposed, and XLA:CPU does both in one
+    slow pass. It only has to transpose what lies reversed already.
+    """
+    if not back:
+        return W * factor
+    return lax.platform_dependent(W, factor, cpu=_scaled_in_reverse, default=jnp.multiply)
+
+
+@_kernel_scaled.defjvp
+def _(_, primals, tangents):
+    """One product for both parts: the way back then scales and transposes in one fast pass."""
+    (W, factor), (dW, d_factor) = primals, tangents
+    return _kernel_scaled(True, W, factor), (dW + W * (d_factor / factor)) * factor
+
+
+def _scaled_in_reverse(W: Weight, factor: Sigma) -> Weight:
+    """`W * factor`, computed in the reverse order of its window, and seen in the order of W."""
+    window = tuple(range(W.ndim - 2))
+    scaled = lambda W, factor: lax.rev(W, window) * factor
+    # Either way the same: XLA fuses nothing across a condition, so this is a pass of its own.
+    return lax.rev(lax.cond(factor > 0, scaled, scaled, W, factor), window)
 
 
 def per_leaf(call: str, name: str, value: Any, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:

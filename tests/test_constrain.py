@@ -327,7 +327,7 @@ def derivatives(shape, options):
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"scale": 0.0}], ids=str)
 def test_a_kernel_is_scaled_as_the_matrix_that_it_is(options):
-    """It is divided, not multiplied; what comes out, and all its derivatives, are the same."""
+    """It is multiplied in reverse; what comes out, and all its derivatives, are the same."""
     matrix, kernel = (derivatives(shape, options) for shape in [(36, 20), (3, 3, 4, 20)])
     for found, expected in zip(kernel, matrix, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 * np.abs(expected).max())
@@ -361,9 +361,10 @@ def test_gradients_of_kernels_under_vmap_and_checkpoint():
         assert np.allclose(gradient, jax.grad(loss)(kernel, cost), rtol=1e-4, atol=1e-6)
 
 
-def test_no_pass_both_reverses_and_transposes_a_kernel():
+@pytest.mark.parametrize("n_uses", [1, 2])
+def test_no_pass_both_reverses_and_transposes_a_kernel(n_uses):
     """A convolution asks for both on the way back; one pass of XLA:CPU for both takes longer."""
-    model, x = nn.Conv(32, (3, 3)), jnp.ones((2, 2, 8, 8, 16))
+    model, x = nn.Conv(32, (3, 3)), jnp.ones((n_uses, 2, 8, 8, 16))
     params = model.init(jax.random.key(0), x[0])["params"]
     state = jsn.init(params, block_size=4, warmup=0)
 
@@ -375,3 +376,14 @@ def test_no_pass_both_reverses_and_transposes_a_kernel():
     reversing = [body for body in bodies if re.search(r"= f32\[3,3,\S* reverse\(", body)]
     assert reversing
     assert not [body for body in reversing if " transpose(" in body]
+
+
+@pytest.mark.parametrize("rules", [jsn.FLAX, jsn.TORCH], ids=["FLAX", "TORCH"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_kernel_is_reversed_only_for_a_way_back(rules, back):
+    """PyTorch's layout never: XLA has other passes for it, and nothing to gain."""
+    params = {"kernel" if rules is jsn.FLAX else "weight": jnp.ones((4, 4, 3, 3))}
+    state = jsn.init(params, rules=rules, block_size=2, warmup=0)
+    run = lambda params: sum(map(jnp.sum, jax.tree.leaves(jsn.normalize(params, state)[0])))
+    jaxpr = str(jax.make_jaxpr(jax.grad(run) if back else run)(params))
+    assert (" rev[" in jaxpr) == (back and rules is jsn.FLAX)
