@@ -165,6 +165,25 @@ def test_a_power_of_two_changes_nothing(exponent):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.parametrize("n_steps", [0, 1])
+def test_weights_of_all_scales_side_by_side(n_steps):
+    """Each as if alone; zero stays zero, and a NaN stays where it is."""
+    W = FOUR["b"]["kernel"]
+    scales = {"tiny": 2.0**-100, "small": 1e-8, "one": 1.0, "large": 1e8, "huge": 2.0**100}
+    params = {name: {"kernel": W * np.float32(scale)} for name, scale in scales.items()}
+    params |= {"zero": {"kernel": 0 * W}, "nan": {"kernel": W.at[0, 0].set(np.nan)}}
+    found, state = normalize(params, jsn.init(params), n_steps=n_steps)
+    norms = sigmas(params, state)
+    for name, scale in scales.items():
+        assert np.isclose(true_norm(found[name]["kernel"]), 1, atol=2e-3)
+        assert np.allclose(found[name]["kernel"], found["one"]["kernel"], atol=1e-6)
+        assert np.isclose(norms[name]["kernel"] / scale, norms["one"]["kernel"], rtol=1e-6)
+    assert not found["zero"]["kernel"].any()
+    assert norms["zero"]["kernel"] == 0
+    assert np.isnan(found["nan"]["kernel"]).all()
+    assert np.isnan(norms["nan"]["kernel"])
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e30])
 @pytest.mark.parametrize("soft", [False, True])
 def test_any_scale_normalizes_to_the_same(scale, soft):
