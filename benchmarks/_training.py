@@ -106,7 +106,7 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def floor(model: nn.Module, each_pass: bool, ours: bool) -> Forward:
+def floor(model: nn.Module, each_pass: bool, as_jsn: bool) -> Forward:
     """What no block of this size can do without, once or in each pass, and nothing else.
 
     Its two products with each weight, the scaling, and the derivative of both. Weights are
@@ -120,7 +120,7 @@ def floor(model: nn.Module, each_pass: bool, ours: bool) -> Forward:
         # As if it had converged: all is of the right size, whatever was found.
         pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)
-        if ours:
+        if as_jsn:
             (scaled,) = constrain([weight.operator], [W], [sigma], [1.0], False, [None])
         else:
             scaled = W * (1 / jnp.where(sigma > 0, sigma, 1))
@@ -174,17 +174,36 @@ def variants(
 
     `make(function, *args)` gives what the function returns, or something of its shapes.
     """
-    model, wrapped, ours = cls(**fields), cls(**fields, wrap=True), decorated(cls)(**fields)
+    model, wrapped = cls(**fields), cls(**fields, wrap=True)
     params = make(model.init, jax.random.key(0), x)["params"]
     stats = make(lambda key: wrapped.init(key, x, train=False), jax.random.key(0))
     return params, {
         "no normalization": (plain(model), ()),
-        "jsn, normalized once": (once(model), make(jsn.init, params)),
-        "jsn, decorator": (
-            each_time(ours, "sn_state"),
-            make(lambda params: _state_of(ours, params, x), params),
-        ),
+        **both_ways("jsn", cls, params, x, make, fields),
         "Flax linen": (each_time(wrapped, "batch_stats"), stats["batch_stats"]),
+    }
+
+
+def both_ways(
+    name: str,
+    cls: type[nn.Module],
+    params: PyTree,
+    x: jax.Array,
+    make: Callable[..., PyTree],
+    fields: dict[str, Any],
+    **options: Any,
+) -> dict[str, Any]:
+    """The two ways of jsn, once for all passes and in each of them, as `variants` gives them."""
+    model = decorated(cls, **options)(**fields)
+    return {
+        f"{name}, normalized once": (
+            once(cls(**fields)),
+            make(functools.partial(jsn.init, **options), params),
+        ),
+        f"{name}, decorator": (
+            each_time(model, "sn_state"),
+            make(lambda params: _state_of(model, params, x), params),
+        ),
     }
 
 
@@ -193,23 +212,6 @@ def _state_of(model: Any, params: PyTree, x: jax.Array) -> PyTree:
 
 
 # --- the parts --------------------------------------------------------------------------------
-
-
-def smaller(
-    cls: type[nn.Module], params: PyTree, x: jax.Array, block_size: int = 16, **fields: Any
-) -> dict[str, Any]:
-    """With fewer vectors than the default of jsn, as forward passes and their first state."""
-    ours = decorated(cls, block_size=block_size)(**fields)
-    return {
-        f"jsn, block {block_size}, normalized once": (
-            once(cls(**fields)),
-            made(functools.partial(jsn.init, block_size=block_size), params),
-        ),
-        f"jsn, block {block_size}, decorator": (
-            each_time(ours, "sn_state"),
-            made(lambda params: _state_of(ours, params, x), params),
-        ),
-    }
 
 
 def floors(
@@ -244,7 +246,8 @@ def measure_step(
     for index, batch in enumerate(settings["batches"]):
         real, fake = jax.random.normal(jax.random.key(0), (2, batch, 32, 32, 3))
         params, makers = variants(Critic, real[:1], **fields)
-        makers |= smaller(Critic, params, real[:1], **fields) | floors(Critic, params, **fields)
+        makers |= both_ways("jsn, block 16", Critic, params, real[:1], made, fields, block_size=16)
+        makers |= floors(Critic, params, **fields)
         calls, compiling = {}, {}
         for name, (forward, state) in makers.items():
             step = _adam_step(_hinge(forward), params)
