@@ -1,9 +1,10 @@
-"""How weights are normalized: jsn in both forms of its block step, and Flax's own wrapper.
+"""How weights are normalized: jsn in all forms of its block step, and Flax's own wrapper.
 
 In: raw parameters. Out: normalized parameters and the next state, in one call for all methods, so
 that the tasks and the clock cannot tell them apart.
 
-    lobpcg     what jsn ships: Ritz vectors, their residuals, previous directions, in thirds
+    lobpcg     what jsn ships: Ritz vectors, their residuals, previous directions, see `parts`
+    thirds     the same, as many of one kind as of the other, whatever the size of the block
     subspace   plain subspace iteration, the next block is `A A^T u`: `is_subspace` says always
     flax       `flax.linen.SpectralNorm`, around a layer that only hands out its kernel
 """
@@ -20,7 +21,7 @@ import jax
 from flax import traverse_util
 
 import jsn
-from jsn import _plan, _power
+from jsn import _block, _plan, _power
 
 PyTree = Any
 
@@ -79,8 +80,11 @@ def _kernels(params: PyTree) -> dict[str, jax.Array]:
 @contextlib.contextmanager
 def form_of(method: Method) -> Iterator[None]:
     """Makes jsn's block step that of the method, for whatever is traced within."""
-    always = mock.patch.object(_power, "is_subspace", return_value=True)
+    forms = {
+        "subspace": mock.patch.object(_power, "is_subspace", return_value=True),
+        "thirds": mock.patch.object(_block, "_NEW", method.size),
+    }
     _plan.begin.clear_cache()  # jsn's only function that is jitted on import
-    with always if method.form == "subspace" else contextlib.nullcontext():
+    with forms.get(method.form, contextlib.nullcontext()):
         yield
     _plan.begin.clear_cache()

@@ -40,7 +40,7 @@ Each point is one setting: its height is the worst moment of three runs, the pal
 down to the median, the ring is the default. Lower is truer, further left is cheaper, the dark line
 is what the default is asked for. Blue is the step that jsn takes, orange plain subspace iteration
 with the same block, grey Flax's own `nn.SpectralNorm`."""
-FORMS = ("flax", "subspace", "lobpcg")
+FORMS = ("flax", "subspace", "lobpcg", "thirds")
 
 Key = tuple[str, str, int]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -142,7 +142,7 @@ def _smallest(worst: dict[Key, float], task: str, form: str, limit: float) -> st
     """The smallest block within a limit; what was not measured is not claimed."""
     excess = {size: x for (name, kind, size), x in worst.items() if (name, kind) == (task, form)}
     if (one := (task, "lobpcg", 1)) in worst:
-        excess[1] = worst[one]  # one vector is the same in both forms
+        excess[1] = worst[one]  # one vector is the same in all forms
     if not excess:
         return "?"
     within = [n for n in excess if all(x <= limit for m, x in excess.items() if m >= n)]
@@ -190,7 +190,8 @@ def _methods(found: Iterable[Key]) -> list[tuple[str, int]]:
 def _name(form: str, size: int) -> str:
     if form == "flax":
         return f"Flax, {size} {'step' if size == 1 else 'steps'}"
-    return "one vector" if size == 1 else f"{form} {size}"
+    kind = {"thirds": "lobpcg, in thirds,"}.get(form, form)
+    return "one vector" if size == 1 else f"{kind} {size}"
 
 
 def _made(result: dict[str, Any]) -> str:
@@ -292,12 +293,12 @@ def _draw_task(
 ) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    for form in FORMS:
+    for form in LOOKS:
         sizes = sorted(size for name, kind, size in worst if (name, kind) == (task, form))
         keys = [(task, form, size) for size in sizes]
         one = (task, "lobpcg", 1)
         if form == "subspace" and one in worst:
-            keys = [one, *keys]  # one vector is the same in both forms
+            keys = [one, *keys]  # one vector is the same in all forms
         x = [costs[key] for key in keys]
         top = [max(worst[key], FLOOR) for key in keys]
         usual = [max(typical[key], FLOOR) for key in keys]
