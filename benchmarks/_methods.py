@@ -3,7 +3,7 @@
 In: raw parameters. Out: normalized parameters and the next state, in one call for all methods, so
 that the tasks and the clock cannot tell them apart.
 
-    lobpcg     what jsn ships: Ritz vectors, their residuals, previous directions, see `parts`
+    lobpcg     what jsn ships: Ritz vectors, their residuals, previous directions (`_block.shares`)
     thirds     the same, as many of one kind as of the other, whatever the size of the block
     subspace   plain subspace iteration, the next block is `A A^T u`: `is_subspace` says always
     flax       `flax.linen.SpectralNorm`, around a layer that only hands out its kernel

@@ -131,7 +131,7 @@ def compiled(layout: str, devices: int, settings: Row) -> Row:
 
     import jsn
     from benchmarks import _hlo
-    from jsn._power import parts
+    from jsn._block import shares
 
     m, n = settings["shape"]
     b = settings["block"]
@@ -158,7 +158,7 @@ def compiled(layout: str, devices: int, settings: Row) -> Row:
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         **sent,
-        "formulas": predicted(m, n, p, q, b, parts(b)[1]),
+        "formulas": predicted(m, n, p, q, b, shares(b)[1]),
     }
 
 
@@ -190,9 +190,9 @@ def _checked(result: Row) -> str:
 
 
 def _planned() -> str:
-    from jsn._power import parts
+    from jsn._block import shares
 
-    plans = [planned(model, devices, 32, parts(32)[1]) for model in MODELS for devices in FLEETS]
+    plans = [planned(model, devices, 32, shares(32)[1]) for model in MODELS for devices in FLEETS]
     rows = [
         [
             f"{row['model']}, {row['devices']}",

@@ -55,7 +55,7 @@ _NEW = 8
 error in training, and cost more (`docs/which.md`)."""
 
 
-def parts(block: int) -> tuple[int, int, int]:
+def shares(block: int) -> tuple[int, int, int]:
     """How many Ritz vectors, residuals and previous directions make up a block."""
     n_residual, n_previous = min((block + 1) // 3, _NEW), min(block // 3, _NEW)
     return block - n_residual - n_previous, n_residual, n_previous
@@ -89,12 +89,12 @@ def _lapack_hangs() -> bool:
 
 
 def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
-    """What is kept of blocks of this size, as rows of coefficients, in `parts`.
+    """What is kept of blocks of this size, as rows of coefficients.
 
     Ritz vectors q; then -w q, which with M q makes their residuals; then where they came from:
     their part outside the last Ritz vectors. The stack may be padded to more than `block`.
     """
-    n_ritz, n_residual, n_previous = parts(block)
+    n_ritz, n_residual, n_previous = shares(block)
     padding = basis.vectors.shape[-1] - block
     leading = basis.vectors[..., :n_ritz, :]
     # As many previous directions as residuals: what follows is compiled once for both.
@@ -113,7 +113,7 @@ def among_kept(
 
     Where the step is plain subspace iteration there is nothing else, and rows stay where they are.
     """
-    n_rows, (n_ritz, n_residual, _) = max(block, changes.shape[1]), parts(block)
+    n_rows, (n_ritz, n_residual, _) = max(block, changes.shape[1]), shares(block)
     stay = jnp.pad(changes, ((0, 0), (0, n_rows - changes.shape[1]), (0, 0)))
     below = n_rows - n_ritz - n_residual
     moved = jnp.pad(changes[:, :n_residual], ((0, 0), (n_ritz, below), (0, 0)))

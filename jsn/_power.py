@@ -7,15 +7,15 @@ One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
 
     v = A^T u                                the first read of W, with the whole block
     G = v v^T = u M u^T,  G = Q diag(w) Q^T  Rayleigh-Ritz on the span of u
-    v = (leading columns of Q)^T v,  y = A v the second read, with a few: eight of 32
+    v = (leading columns of Q)^T v,  y = A v the second read, with a few vectors
     r = y - w q                              residuals of the leading Ritz vectors q = Q^T u
     sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
     u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
 
-The next block is that of LOBPCG without a preconditioner. Where the block spans a
-whole side of the matrix, and for a block of one vector, it is y itself: subspace iteration,
-which for one vector is the iteration of Miyato et al. What has the size of a weight or of a block
-is done weight by weight here; the algebra in between, which is small, for all of them at once.
+The next block is that of LOBPCG without a preconditioner. Where the block spans a whole side of
+the matrix, and for a block of one vector, it is y itself: subspace iteration, which for one vector
+is the iteration of Miyato et al. What has the size of a weight or of a block is done weight by
+weight here; the algebra in between, which is small, for all of them at once.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from jsn._block import (
     everywhere,
     lobpcg,
     orthonormalizer,
-    parts,
     probe,
     ritz,
+    shares,
 )
 from jsn._operator import Matrix, contract, explicit_spec, size
 from jsn._pieces import split
@@ -152,7 +152,7 @@ class Tracked(NamedTuple):
     @property
     def n_leading(self) -> int:
         """How many vectors the second read takes: those whose residuals are wanted."""
-        return self.block if self.is_subspace else parts(self.block)[1]
+        return self.block if self.is_subspace else shares(self.block)[1]
 
 
 class Second(NamedTuple):
@@ -185,7 +185,7 @@ def read(weight: Tracked) -> First:
 
 
 def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
-    """The second read of W, with the leading Ritz vectors: a few of the block."""
+    """The second read of W, with the leading Ritz vectors: eight of 32."""
     n_batch = len(weight.batch)
     leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
     # Scaled where it is small: y needs no pass of its own. As far as neither v nor y^2 is lost.
@@ -196,7 +196,7 @@ def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"])
     fresh = y * _over(first.shrink / scale, y)
     kept = None
     if not weight.is_subspace:
-        kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), parts(weight.block)
+        kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), shares(weight.block)
         fresh = fresh + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
     return Second(v, y, scale, kept, fresh + NOISE * probe(fresh.shape, n_batch))
 
@@ -205,7 +205,7 @@ def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
     """The vectors that span the next block; the last block where something is not finite."""
     x, n_batch = fresh, len(weight.batch)
     if second.kept is not None:
-        n_ritz, n_residual, _ = parts(weight.block)
+        n_ritz, n_residual, _ = shares(weight.block)
         row = jnp.arange(weight.block).reshape(-1, *(1,) * (x.ndim - n_batch - 1))
         is_fresh = (row >= n_ritz) & (row < n_ritz + n_residual)
         x = jnp.where(is_fresh[(None,) * n_batch], fresh, second.kept)

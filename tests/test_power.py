@@ -432,6 +432,14 @@ def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
     assert jaxprs.largest_constant(lambda W: W @ u.T, W) == 8 * 37  # the count can fail
 
 
+@pytest.mark.parametrize("block", range(2, 70))
+def test_a_block_is_in_thirds_until_eight_vectors_are_new_and_eight_previous(block):
+    n_ritz, n_residual, n_previous = _block.shares(block)
+    assert n_ritz + n_residual + n_previous == block
+    assert n_ritz >= n_residual >= n_previous
+    assert n_residual == min(round(block / 3), 8)
+
+
 @pytest.mark.parametrize("n_vectors", [2, 17, 24, 33, 60])
 def test_the_first_block_spans_as_many_directions_as_it_has_vectors(n_vectors):
     for length in (n_vectors, n_vectors + 1, 2 * n_vectors):
