@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _cases, _clock, _contenders, _growth, _report, _speed_page
+from benchmarks._methods import Method, form_of
 from benchmarks.speed import OTHERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,6 +110,20 @@ def test_directions_overtake_each_other_on_the_way():
         before = W.copy()
     overlaps = [abs(leading[0] @ u) for u in leading]
     assert min(overlaps) < 0.5
+
+
+def test_forms_of_the_step_differ_whatever_was_traced_before():
+    params = {"kernel": np.random.default_rng(0).standard_normal((80, 70)).astype(np.float32)}
+    state, found = Method("lobpcg", 32).init(params, 0), []
+    for form in ("lobpcg", "subspace", "thirds", "lobpcg"):
+        method = Method(form, 32)
+        with form_of(method):
+            found.append(method.normalize(params, state)[1].u["kernel"])
+    first, subspace, thirds, again = map(np.asarray, found)
+    np.testing.assert_array_equal(first, again)
+    # Seen as projections: how far the subspaces are from one another.
+    apart = lambda x, y: np.linalg.norm(x.T @ x - y.T @ y)
+    assert min(apart(first, subspace), apart(first, thirds), apart(subspace, thirds)) > 0.1
 
 
 def test_the_floor_is_two_products_for_each_weight():
