@@ -51,8 +51,8 @@ def probe(shape: tuple[int, ...], n_batch: int) -> Block:
 
 
 _NEW = 8
-"""At most so many residuals, and previous directions. In thirds, 32 vectors leave about twice the
-error in training, and cost more (`docs/which.md`)."""
+"""At most so many residuals, and previous directions: where many directions compete, 32 vectors in
+thirds leave up to twice the error, and cost more (`docs/which.md`)."""
 
 
 def shares(block: int) -> tuple[int, int, int]:
