@@ -82,7 +82,7 @@ def form_of(method: Method) -> Iterator[None]:
     """Makes jsn's block step that of the method, for whatever is traced within."""
     forms = {
         "subspace": mock.patch.object(_power, "is_subspace", return_value=True),
-        "thirds": mock.patch.object(_block, "_NEW", method.size),
+        "thirds": mock.patch.object(_block, "_DIRECTIONS", method.size),
     }
     jax.clear_caches()  # what jsn has traced in another form would be taken again
     with forms.get(method.form, contextlib.nullcontext()):

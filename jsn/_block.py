@@ -50,14 +50,14 @@ def probe(shape: tuple[int, ...], n_batch: int) -> Block:
     return jnp.broadcast_to(index.astype(jnp.float32) * 2.0**-31 - 1, shape)
 
 
-_NEW = 8
-"""At most so many residuals, and previous directions: where many directions compete, 32 vectors in
+_DIRECTIONS = 8
+"""At most so many residuals, and as many previous directions: where much competes, 32 vectors in
 thirds leave up to twice the error, and cost more (`docs/which.md`)."""
 
 
 def shares(block: int) -> tuple[int, int, int]:
     """How many Ritz vectors, residuals and previous directions make up a block."""
-    n_residual, n_previous = min((block + 1) // 3, _NEW), min(block // 3, _NEW)
+    n_residual, n_previous = min((block + 1) // 3, _DIRECTIONS), min(block // 3, _DIRECTIONS)
     return block - n_residual - n_previous, n_residual, n_previous
 
 

@@ -433,7 +433,7 @@ def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
 
 
 @pytest.mark.parametrize("block", range(2, 70))
-def test_a_block_is_in_thirds_until_eight_vectors_are_new_and_eight_previous(block):
+def test_a_block_is_in_thirds_until_it_has_eight_residuals_and_previous_directions(block):
     n_ritz, n_residual, n_previous = _block.shares(block)
     assert n_ritz + n_residual + n_previous == block
     assert n_ritz >= n_residual >= n_previous
