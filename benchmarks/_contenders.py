@@ -19,6 +19,7 @@ from jax import lax
 import jsn
 from benchmarks import _clock
 from benchmarks._cases import Weights
+from jsn._operator import rmatvec
 from jsn._power import Tracked
 
 PyTree = Any
@@ -144,13 +145,20 @@ def products(**options: Any) -> Contender:
         out = {}
         for name, entry in params.items():
             W, u = entry["kernel"], us[name]["kernel"]
-            weight = Tracked(_operator(W), W, u)
-            v = weight.operator.rmatvec(W, u)
-            v = lax.slice_in_dim(v, 0, weight.n_leading, axis=len(weight.batch))
-            out[name] = {"kernel": 0.5 * W, "image": weight.operator.matvec(W, v)}
+            _, image = both_products(Tracked(_operator(W), W, u))
+            out[name] = {"kernel": 0.5 * W, "image": image}
         return out, us
 
     return Jax(init, normalize, "native")
+
+
+def both_products(weight: Tracked) -> tuple[jax.Array, jax.Array]:
+    """Leading vectors on the input side, and their images: what a block reads a weight for."""
+    v, last = rmatvec(weight.operator, weight.W, weight.u)
+    n_batch = len(weight.batch)
+    axis = v.ndim - 1 if last else n_batch
+    v = jnp.moveaxis(lax.slice_in_dim(v, 0, weight.n_leading, axis=axis), axis, n_batch)
+    return v, weight.operator.matvec(weight.W, v)
 
 
 def ours(n_steps: int = 1, **options: Any) -> Contender:

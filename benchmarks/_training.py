@@ -21,6 +21,7 @@ import jsn
 from benchmarks import _clock
 from benchmarks._cases import CRITIC
 from benchmarks._clock import Row
+from benchmarks._contenders import both_products
 from jsn._constrain import constrain
 from jsn._power import Pairs, Tracked, with_derivative
 
@@ -114,9 +115,8 @@ def floor(model: nn.Module, each_pass: bool, as_jsn: bool) -> Forward:
     """
 
     def normalized(W: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        raw, weight = jax.lax.stop_gradient(W), Tracked(jsn.Matrix(), W, u)
-        v = weight.operator.rmatvec(raw, u)[: weight.n_leading]
-        y = weight.operator.matvec(raw, v)
+        weight = Tracked(jsn.Matrix(), jax.lax.stop_gradient(W), u)
+        v, y = both_products(weight)
         # As if it had converged: all is of the right size, whatever was found.
         pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)

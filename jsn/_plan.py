@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jsn import _power
-from jsn._operator import Matrix, explicit_spec
+from jsn._operator import Matrix, Product, explicit_spec, rmatvec
 from jsn._pieces import cut, join, split
 from jsn._power import Pairs, Tracked, full_side, start, usable
 from jsn._sharding import landing
@@ -66,6 +66,10 @@ class _Group:
 
     def rmatvec(self, W: _Weights, u: Block) -> Block:
         return jnp.stack([self.member.rmatvec(w, x) for w, x in self._each(W, u)])
+
+    def rmatvec_as_made(self, W: _Weights, u: Block) -> Product:
+        parts, last = zip(*[rmatvec(self.member, w, x) for w, x in self._each(W, u)], strict=True)
+        return Product(jnp.stack(parts), last[0])
 
     def _each(self, W: _Weights, stacked: Array) -> Iterable[tuple[Weight, Array]]:
         return zip(W.members, *cut([stacked], ((),) * self.count), strict=True)

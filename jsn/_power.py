@@ -45,7 +45,7 @@ from jsn._block import (
     ritz,
     shares,
 )
-from jsn._operator import Matrix, contract, explicit_spec, size
+from jsn._operator import Matrix, contract, explicit_spec, rmatvec, size
 from jsn._pieces import split
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
@@ -63,22 +63,30 @@ class First(NamedTuple):
     """What the first read gives: `v = shrink A^T u`, shrink a power of two, and its Gram matrix."""
 
     shrink: Sigma
-    v: Block
+    v: Array
+    """A block of the input side."""
+    last: bool
+    """Whether its block axis is the last one, and not the one after the batch axes."""
     gram: Float[Array, "*batch block block"]
 
 
 # --- blocks of vectors ------------------------------------------------------------------------
 
 
-def _gram(x: Block, n_batch: int) -> Float[Array, "*batch block block"]:
-    axes, batch = tuple(range(n_batch + 1, x.ndim)), tuple(range(n_batch))
+def _gram(x: Array, n_batch: int, last: bool = False) -> Float[Array, "*batch block block"]:
+    """The Gram matrix of a block, whose block axis comes after the batch axes, or last."""
+    axes = tuple(range(n_batch, x.ndim - 1) if last else range(n_batch + 1, x.ndim))
+    batch = tuple(range(n_batch))
     return contract(x, x, (axes, axes), (batch, batch))
 
 
-def _mix(coefficients: Float[Array, "*batch rows block"], x: Block) -> Block:
-    """Linear combinations of the vectors of a block."""
+def _mix(coefficients: Float[Array, "*batch rows block"], x: Array, last: bool = False) -> Block:
+    """Linear combinations of the vectors of a block, whose block axis may come last."""
     n_batch = coefficients.ndim - 2
     batch, coefficients = tuple(range(n_batch)), _beside(x, coefficients, n_batch)
+    if last:
+        y = contract(x, coefficients, ((x.ndim - 1,), (n_batch + 1,)), (batch, batch))
+        return jnp.moveaxis(y, -1, n_batch)
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
@@ -173,7 +181,7 @@ class Second(NamedTuple):
 def read(weight: Tracked) -> First:
     """The first read of W. `v` is rescaled, so that no scale of W overflows later."""
     n_batch = len(weight.batch)
-    v = weight.operator.rmatvec(weight.W, weight.u)
+    v, last = rmatvec(weight.operator, weight.W, weight.u)
     axes = tuple(range(n_batch, v.ndim))
     # Not the maximum of |v|: XLA:CPU would write a transposed copy of v for it.
     peak = jnp.maximum(jnp.max(v, axis=axes), -jnp.min(v, axis=axes))
@@ -181,7 +189,7 @@ def read(weight: Tracked) -> First:
     peak = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
     shrink = jnp.where(peak > 0, 1 / jnp.clip(peak, info.tiny, 1 / info.tiny), 1)
     v = v * _over(shrink, v)
-    return First(shrink, v, _gram(v, n_batch))
+    return First(shrink, v, last, _gram(v, n_batch, last))
 
 
 def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
@@ -191,7 +199,7 @@ def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"])
     # Scaled where it is small: y needs no pass of its own. As far as neither v nor y^2 is lost.
     limit = 2.0 ** (2 * jnp.finfo(first.shrink.dtype).minexp // 3)
     scale = jnp.clip(first.shrink, limit, 1 / limit)
-    v = _mix(leading * _over(scale, leading), first.v)
+    v = _mix(leading * _over(scale, leading), first.v, first.last)
     y = weight.operator.matvec(weight.W, v)
     fresh = y * _over(first.shrink / scale, y)
     kept = None
@@ -253,13 +261,14 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = [_best(weight, _mix(Q, first.v)) for Q, weight, first in _zip(best, weights, firsts)]
+    vs = [_mix(Q, first.v, first.last) for Q, first in _zip(best, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
     per_v = _inverse_length(v_square)
     sigma = v_square * per_v * per_u / stack.flat([first.shrink for first in firsts])
-    return _pairs(stack, sigma, (_each(_best, weights, us), per_u), (vs, per_v))
+    us, vs = _each(_best, weights, us), _each(_best, weights, vs)
+    return _pairs(stack, sigma, (us, per_u), (vs, per_v))
 
 
 Scaled = tuple[list[Array], Float[Array, " n"]]
