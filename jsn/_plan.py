@@ -64,9 +64,6 @@ class _Group:
     def matvec(self, W: _Weights, v: Block) -> Block:
         return jnp.stack([self.member.matvec(w, x) for w, x in self._each(W, v)])
 
-    def rmatvec(self, W: _Weights, u: Block) -> Block:
-        return jnp.stack([self.member.rmatvec(w, x) for w, x in self._each(W, u)])
-
     def rmatvec_as_made(self, W: _Weights, u: Block) -> Product:
         parts, last = zip(*[rmatvec(self.member, w, x) for w, x in self._each(W, u)], strict=True)
         return Product(jnp.stack(parts), last[0])

@@ -45,7 +45,7 @@ from jsn._block import (
     ritz,
     shares,
 )
-from jsn._operator import Matrix, contract, explicit_spec, rmatvec, size
+from jsn._operator import Matrix, Product, contract, explicit_spec, rmatvec, size
 from jsn._pieces import split
 from jsn._rules import Leaf, check_weights
 from jsn._types import Block, Operator, Sigma, Weight
@@ -63,10 +63,7 @@ class First(NamedTuple):
     """What the first read gives: `v = shrink A^T u`, shrink a power of two, and its Gram matrix."""
 
     shrink: Sigma
-    v: Array
-    """A block of the input side."""
-    last: bool
-    """Whether its block axis is the last one, and not the one after the batch axes."""
+    v: Product
     gram: Float[Array, "*batch block block"]
 
 
@@ -189,7 +186,7 @@ def read(weight: Tracked) -> First:
     peak = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
     shrink = jnp.where(peak > 0, 1 / jnp.clip(peak, info.tiny, 1 / info.tiny), 1)
     v = v * _over(shrink, v)
-    return First(shrink, v, last, _gram(v, n_batch, last))
+    return First(shrink, Product(v, last), _gram(v, n_batch, last))
 
 
 def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
@@ -199,7 +196,7 @@ def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"])
     # Scaled where it is small: y needs no pass of its own. As far as neither v nor y^2 is lost.
     limit = 2.0 ** (2 * jnp.finfo(first.shrink.dtype).minexp // 3)
     scale = jnp.clip(first.shrink, limit, 1 / limit)
-    v = _mix(leading * _over(scale, leading), first.v, first.last)
+    v = _mix(leading * _over(scale, leading), *first.v)
     y = weight.operator.matvec(weight.W, v)
     fresh = y * _over(first.shrink / scale, y)
     kept = None
@@ -261,7 +258,7 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = [_mix(Q, first.v, first.last) for Q, first in _zip(best, firsts)]
+    vs = [_mix(Q, *first.v) for Q, first in _zip(best, firsts)]
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative

@@ -206,7 +206,7 @@ def test_weights_of_one_shape_do_not_spoil_each_other(bad, shape):
 
 @pytest.mark.parametrize("count", [1, 2], ids="{} weights".format)
 def test_a_matrix_comes_first_in_its_first_read(count):
-    """`W u^T`, and what it gives stays as it is: XLA:CPU takes up to half longer for `u W^T`."""
+    """`W u^T`, and what it gives stays as it is: `u W^T` takes XLA:CPU longer."""
     params = kernels(*[(96, 200)] * count)
     state = jsn.init(params, block_size=8, warmup=0)
     text = jax.jit(jsn.normalize).lower(params, state).compile().as_text()
