@@ -106,20 +106,6 @@ def lobpcg(basis: Basis, block: int) -> Float[Array, "n b b"]:
     return jnp.pad(rows, ((0, 0), (0, padding), (0, 0)))
 
 
-def among_kept(
-    changes: Float[Array, "n f f"], plain: np.ndarray, block: int
-) -> Float[Array, "n b f"]:
-    """Combinations of fresh vectors, moved to where residuals stand in a block.
-
-    Where the step is plain subspace iteration there is nothing else, and rows stay where they are.
-    """
-    n_rows, (n_ritz, n_residual, _) = max(block, changes.shape[1]), shares(block)
-    stay = jnp.pad(changes, ((0, 0), (0, n_rows - changes.shape[1]), (0, 0)))
-    below = n_rows - n_ritz - n_residual
-    moved = jnp.pad(changes[:, :n_residual], ((0, 0), (n_ritz, below), (0, 0)))
-    return jnp.where(jnp.asarray(plain)[:, None, None], stay, moved)
-
-
 def _orthonormal_after(q: Array, p: Array) -> Array:
     """The rows of p, made orthonormal to those of q, which are so already, and among themselves.
 

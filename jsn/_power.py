@@ -37,8 +37,8 @@ from jsn import _errors
 from jsn._block import (
     NOISE,
     Stack,
-    among_kept,
     everywhere,
+    identity,
     lobpcg,
     orthonormalizer,
     probe,
@@ -60,11 +60,14 @@ class Pairs(NamedTuple):
 
 
 class First(NamedTuple):
-    """What the first read gives: `v = shrink A^T u`, shrink a power of two, and its Gram matrix."""
+    """What the first read of several weights gives."""
 
-    shrink: Sigma
-    v: Product
-    gram: Float[Array, "*batch block block"]
+    v: list[Product]
+    """The images `A^T u` of their blocks."""
+    shrink: list[Sigma]
+    """Powers of two that bring v to a size that has a square, whatever the scale of W."""
+    grams: Float[Array, "n b b"]
+    """The Gram matrices of `shrink v`: the largest entry is between 1 and 4."""
 
 
 # --- blocks of vectors ------------------------------------------------------------------------
@@ -85,6 +88,15 @@ def _mix(coefficients: Float[Array, "*batch rows block"], x: Array, last: bool =
         y = contract(x, coefficients, ((x.ndim - 1,), (n_batch + 1,)), (batch, batch))
         return jnp.moveaxis(y, -1, n_batch)
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
+
+
+def _mix_shrunk(
+    coefficients: Float[Array, "*batch rows block"], v: Product, shrink: Sigma
+) -> Block:
+    """Linear combinations of `shrink v`: in two steps, or small coefficients would be lost."""
+    part = jnp.clip(shrink, 2.0**-60, 2.0**60)
+    x = _mix(coefficients * _over(part, coefficients), *v)
+    return x * _over(shrink / part, x)
 
 
 def _over(values: Array, x: Array) -> Array:
@@ -164,56 +176,82 @@ class Second(NamedTuple):
     """What the second read gives."""
 
     v: Block
-    """The leading Ritz vectors on the input side, times `scale` and the roots of Ritz values."""
+    """The leading Ritz vectors on the input side, times the roots of Ritz values."""
     y: Block
-    """Their images `A v`: of a size that has a square, whatever the scale of W."""
-    scale: Sigma
-    """A power of two."""
+    """Their images `A v`."""
     kept: Block | None
     """Ritz vectors, `-w q`, previous directions; None where y alone makes the next block."""
     fresh: Block
     """Residuals `y - w q`, or y where that makes the next block."""
 
 
-def read(weight: Tracked) -> First:
-    """The first read of W. `v` is rescaled, so that no scale of W overflows later."""
-    n_batch = len(weight.batch)
-    v, last = rmatvec(weight.operator, weight.W, weight.u)
-    axes = tuple(range(n_batch, v.ndim))
-    # Not the maximum of |v|: XLA:CPU would write a transposed copy of v for it.
-    peak = jnp.maximum(jnp.max(v, axis=axes), -jnp.min(v, axis=axes))
-    info = jnp.finfo(peak.dtype)
-    peak = lax.reduce_precision(peak, info.nexp, mantissa_bits=0)  # a power of two
-    shrink = jnp.where(peak > 0, 1 / jnp.clip(peak, info.tiny, 1 / info.tiny), 1)
-    v = v * _over(shrink, v)
-    return First(shrink, Product(v, last), _gram(v, n_batch, last))
+def read(weights: Sequence[Tracked]) -> First:
+    """The first read of each weight, and Gram matrices that no scale of W overflows."""
+    stack = stack_of(weights)
+    v = [rmatvec(weight.operator, weight.W, weight.u) for weight in weights]
+
+    def measured(xs):
+        gram = lambda weight, x, made: _gram(x, len(weight.batch), made.last)
+        return stack.matrices(_each(gram, weights, xs, v), fill=-1)
+
+    def nearer(xs, factors):
+        return measured([x * _over(f, x) for x, f in _zip(xs, stack.split(factors))])
+
+    def on_cpu(xs):  # one more pass over the blocks, but only if one of them asks for it
+        grams = measured(xs)
+        factors = _factors(_largest_square(grams))
+        return factors, lax.cond(jnp.all(factors == 1), lambda: grams, lambda: nearer(xs, factors))
+
+    def elsewhere(xs):  # such a decision would wait for the device
+        axes = [tuple(range(len(weight.batch), x.ndim)) for x, weight in _zip(xs, weights)]
+        peaks = stack.flat([jnp.max(jnp.abs(x), axis) for x, axis in _zip(xs, axes)])
+        factors = _factors(peaks**2)
+        return factors, nearer(xs, factors)
+
+    factors, grams = lax.platform_dependent([x for x, _ in v], cpu=on_cpu, default=elsewhere)
+    largest = jnp.sqrt(_largest_square(grams))
+    # To a power of two: nothing is rounded.
+    rest = 1 / _safe(lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0))
+    return First(v, stack.split(factors * rest), grams * _over(rest, grams) ** 2)
 
 
-def second_read(weight: Tracked, first: First, rows: Float[Array, "*batch b b"]) -> Second:
+def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:
+    """What brings blocks near to 1, by their largest squares: 1 where these are in no danger."""
+    far = 2.0**80
+    return jnp.where(squares < 1 / far, far, jnp.where(squares <= far, 1, 1 / far))
+
+
+def _largest_square(grams: Float[Array, "n b b"]) -> Float[Array, " n"]:
+    """The largest squared length in each block."""
+    return jnp.max(jnp.where(identity(grams) > 0, grams, -1), axis=(-2, -1))
+
+
+def second_read(
+    weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch b b"]
+) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
     n_batch = len(weight.batch)
     leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
-    # Scaled where it is small: y needs no pass of its own. As far as neither v nor y^2 is lost.
-    limit = 2.0 ** (2 * jnp.finfo(first.shrink.dtype).minexp // 3)
-    scale = jnp.clip(first.shrink, limit, 1 / limit)
-    v = _mix(leading * _over(scale, leading), *first.v)
-    y = weight.operator.matvec(weight.W, v)
-    fresh = y * _over(first.shrink / scale, y)
+    x = _mix_shrunk(leading, v, shrink)
+    y = weight.operator.matvec(weight.W, x)
+    fresh = y * _over(shrink, y)
     kept = None
     if not weight.is_subspace:
         kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), shares(weight.block)
         fresh = fresh + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
-    return Second(v, y, scale, kept, fresh + NOISE * probe(fresh.shape, n_batch))
+    noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
+    return Second(x, y, kept, fresh + noise * probe(fresh.shape, n_batch))
 
 
 def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
     """The vectors that span the next block; the last block where something is not finite."""
     x, n_batch = fresh, len(weight.batch)
     if second.kept is not None:
-        n_ritz, n_residual, _ = shares(weight.block)
+        n_ritz, n_residual, n_previous = shares(weight.block)
+        around = [(0, 0)] * n_batch + [(n_ritz, n_previous)] + [(0, 0)] * (x.ndim - n_batch - 1)
         row = jnp.arange(weight.block).reshape(-1, *(1,) * (x.ndim - n_batch - 1))
         is_fresh = (row >= n_ritz) & (row < n_ritz + n_residual)
-        x = jnp.where(is_fresh[(None,) * n_batch], fresh, second.kept)
+        x = jnp.where(is_fresh[(None,) * n_batch], jnp.pad(fresh, around), second.kept)
     return jnp.where(_over(good, x), x, weight.u.astype(x.dtype))
 
 
@@ -221,50 +259,51 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     """One step for several weights: their pairs and their next blocks."""
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
     plain = np.repeat([w.is_subspace for w in weights], [size(w.batch) for w in weights])
-    firsts = _each(read, weights)
-    basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
+    first = read(weights)
+    basis = ritz(first.grams)
     rows = basis.vectors
     if not plain.all():
         block = next(weight.block for weight in weights if not weight.is_subspace)
         rows = jnp.where(_over(jnp.asarray(plain), rows), rows, lobpcg(basis, block))
-    seconds = _each(second_read, weights, firsts, stack.split(rows, blocks, blocks))
+    seconds = _each(second_read, weights, first.v, first.shrink, stack.split(rows, blocks, blocks))
 
     # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
     # repairs the rounding of the first, which is large where residuals are all but zero.
     grams = _each(_gram_of, weights, [second.fresh for second in seconds])
     changes = orthonormalizer(stack.matrices(grams, fill=1))
     good = jnp.isfinite(changes.sum((-2, -1)))  # as all that they were made of is
-    if not plain.all():
-        changes = among_kept(changes, plain, block)
-    changes = stack.split(changes, blocks, [weight.n_leading for weight in weights])
+    leading = [weight.n_leading for weight in weights]
+    changes = stack.split(changes, leading, leading)
     fresh = [_mix(T, second.fresh) for T, second in _zip(changes, seconds)]
     spans = _each(span, weights, seconds, fresh, stack.split(good))
     grams = stack.matrices(_each(_gram_of, weights, spans), fill=1)
     changes = stack.split(orthonormalizer(grams, good), blocks, blocks)
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
 
-    ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
+    ys = [
+        _best(weight, second.y * _over(shrink, second.y))
+        for weight, second, shrink in _zip(weights, seconds, first.shrink)
+    ]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
-    y_square = stack.flat(_each(_square, weights, [second.y for second in seconds]))
-    per_y = _inverse_length(y_square)
-    per_v = _inverse_length(basis.values[:, 0]) / stack.flat([second.scale for second in seconds])
-    return _pairs(stack, y_square * per_y * per_v, (ys, per_y), (vs, per_v)), new
+    y_square = stack.flat(_each(_square, weights, ys))
+    per_y, per_v = _inverse_length(y_square), _inverse_length(basis.values[:, 0])
+    sigma = y_square * per_y * per_v / stack.flat(first.shrink)
+    return _pairs(stack, sigma, (ys, per_y), (vs, per_v)), new
 
 
 def stored(weights: Sequence[Tracked]) -> Pairs:
     """The best pairs in the span of the blocks as they are: one read, and no step."""
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
-    firsts = _each(read, weights)
-    basis = ritz(stack.matrices([first.gram for first in firsts], fill=-1))
+    first = read(weights)
+    basis = ritz(first.grams)
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
-    us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = [_mix(Q, *first.v) for Q, first in _zip(best, firsts)]
+    us = _each(_best, weights, [_mix(Q, weight.u) for Q, weight in _zip(best, weights)])
+    vs = _each(_best, weights, _each(_mix_shrunk, best, first.v, first.shrink))
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
     per_v = _inverse_length(v_square)
-    sigma = v_square * per_v * per_u / stack.flat([first.shrink for first in firsts])
-    us, vs = _each(_best, weights, us), _each(_best, weights, vs)
+    sigma = v_square * per_v * per_u / stack.flat(first.shrink)
     return _pairs(stack, sigma, (us, per_u), (vs, per_v))
 
 
@@ -329,8 +368,9 @@ def _best(weight: Tracked, x: Block) -> Array:
 
 
 def _square(weight: Tracked, x: Block) -> Sigma:
-    """The squared length of the first vector of a block."""
-    return _gram_of(weight, x)[..., 0, 0]  # XLA:CPU has products ready, and compiles sums
+    """The squared length of a vector."""
+    block = jnp.expand_dims(x, len(weight.batch))
+    return _gram_of(weight, block)[..., 0, 0]  # XLA:CPU has products ready, and compiles sums
 
 
 def _gram_of(weight: Tracked, x: Block) -> Float[Array, "*batch b b"]:

@@ -76,3 +76,21 @@ def fusions(function, *args):
     """What XLA has fused in a compiled function: the text of each fused computation."""
     program = jax.jit(function).lower(*args).compile().as_text()
     return re.findall(r"^%?fused_computation\S* [^\n]*\{\n(.*?)^\}", program, re.S | re.M)
+
+
+def reached(program: str, branches: bool) -> str:
+    """The computations of a compiled program that run from its entry: all, or without branches."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", program, re.S | re.M))
+    entry = re.search(r"^ENTRY %?([\w.-]+)", program, re.M)
+    assert entry
+    waiting, seen = [entry[1]], {}
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in bodies:
+            continue
+        lines = bodies[name].splitlines()
+        if not branches:
+            lines = [line for line in lines if "branch_computations" not in line]
+        seen[name] = "\n".join(lines)
+        waiting += re.findall(r"%([\w.-]+)", seen[name])
+    return "\n".join(seen.values())

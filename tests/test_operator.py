@@ -9,6 +9,7 @@ from matrices import assert_converged, gaussian
 
 import jsn
 from jsn import Matrix
+from jsn._operator import contract
 
 VIEWS = {
     # operator: (shape, input axes, output axes, batch axes)
@@ -175,3 +176,16 @@ def test_an_operator_lifts_to_a_weight_with_more_batch_axes(inner, axes, shape, 
     assert np.allclose(
         found, jsn.power_iterate(W, jnp.asarray(u_expected), 0, operator=expected)[0]
     )
+
+
+@pytest.mark.parametrize(("shape", "kept_apart"), [((5, 1), True), ((5, 2), False)])
+def test_a_layer_with_one_output_is_multiplied_by_a_vector_that_is_ready(shape, kept_apart):
+    """Else XLA:CPU computes the vector within the sum of products: 12 times as long."""
+    W, v = jnp.asarray(gaussian(0, *shape)), jnp.asarray(gaussian(1, 1, 5))
+    assert jaxprs.count(Matrix().matvec, W, v)["reduce_precision"] == kept_apart
+    assert jaxprs.count(lambda v: contract(v, v, ((1,), (1,))), v)["reduce_precision"] == 0
+    np.testing.assert_allclose(Matrix().matvec(W, v), np.asarray(v) @ np.asarray(W), rtol=1e-6)
+    total = lambda W, v: Matrix().matvec(W, v).sum()
+    of_W, of_v = jax.grad(total, argnums=(0, 1))(W, v)
+    np.testing.assert_allclose(of_W, np.repeat(v.T, shape[1], axis=1), rtol=1e-6)
+    np.testing.assert_allclose(of_v, W.sum(1)[None], rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from matrices import PROBLEMS, assert_converged, gaussian, named, true_norm, with_spectrum
 
 import jsn
-from jsn import _block
+from jsn import _block, _power
 
 X64 = jax.config.jax_enable_x64
 STACK = jsn.Matrix(batch_axis=0)
@@ -225,6 +225,39 @@ def test_a_power_of_two_scales_sigma_and_changes_nothing_else(block, exponent):
     scaled_sigma, scaled_new = iterate(W * 2.0**exponent, u, 5)
     assert float(scaled_sigma) == float(sigma) * 2.0**exponent
     assert np.array_equal(new, scaled_new)
+
+
+@pytest.mark.parametrize("exponent", [-90, 0, 118])
+def test_platforms_that_do_not_branch_give_the_same(monkeypatch, exponent):
+    W, u = padded(named("gaussian_small")) * 2.0**exponent, rows(21, 16, N)
+    sigma, new = jsn.power_iterate(W, u, 3)
+    choose = _power.lax.platform_dependent
+
+    def elsewhere(*args, default, **others):
+        if default.__name__ == "elsewhere":
+            return default(*args)
+        return choose(*args, default=default, **others)  # not what only a GPU can run fast
+
+    monkeypatch.setattr(_power.lax, "platform_dependent", elsewhere)
+    same_sigma, same_new = jsn.power_iterate(W, u, 3)
+    assert np.isclose(float(same_sigma), float(sigma), rtol=1e-6, atol=0)
+    assert np.allclose(same_new, new, atol=1e-4)
+
+
+def test_weights_of_any_scales_side_by_side_do_not_touch_each_other():
+    """Whatever it takes to square the far ones, the others come out as they do alone."""
+    W = padded(named("gaussian_small"))
+
+    def normalized(*scales):
+        params = {f"layer_{i}": {"kernel": W * np.float32(s)} for i, s in enumerate(scales)}
+        state = jsn.init(params, block_size=16, warmup=2)
+        return [entry["kernel"] for entry in jsn.normalize(params, state)[0].values()]
+
+    usual, small, large, zero = normalized(1, 1e-30, 1e30, 0)
+    alike = normalized(1, 1, 1, 1)
+    assert np.array_equal(usual, alike[0])
+    assert np.allclose([small, large], alike[1], rtol=1e-5, atol=1e-7)
+    assert not np.any(zero)
 
 
 @pytest.mark.parametrize("n_steps", [0, 1])
