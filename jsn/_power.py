@@ -212,7 +212,9 @@ def read(weights: Sequence[Tracked]) -> First:
     largest = jnp.sqrt(_largest_square(grams))
     # To a power of two: nothing is rounded.
     rest = 1 / _safe(lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0))
-    return First(v, stack.split(factors * rest), grams * _over(rest, grams) ** 2)
+    padding = (identity(grams) > 0) & (grams < 0)  # no square is
+    grams = jnp.where(padding, grams, grams * _over(rest, grams) ** 2)
+    return First(v, stack.split(factors * rest), grams)
 
 
 def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:

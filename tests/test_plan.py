@@ -11,7 +11,7 @@ import pytest
 from matrices import gaussian, true_norm
 
 import jsn
-from jsn import Matrix
+from jsn import Matrix, _power
 
 normalize = jax.jit(jsn.normalize, static_argnames=("n_steps", "soft"))
 
@@ -228,3 +228,23 @@ def test_blocks_are_not_rescaled_where_their_squares_are_in_no_danger():
 
     assert scaling(jaxprs.reached(program, branches=True)), "the count can fail"
     assert not scaling(jaxprs.reached(program, branches=False))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9])
+def test_a_padded_matrix_keeps_its_own_vectors(monkeypatch, scale):
+    """Padding sorts behind the eigenvalues of any Gram matrix, zeros and rounding included."""
+    found = []
+    ritz = _power.ritz
+    monkeypatch.setattr(_power, "ritz", lambda grams: found.append(ritz(grams)) or found[-1])
+    flat = jnp.asarray(scale * gaussian(0, 9, 2) @ gaussian(1, 2, 40), jnp.float32)  # of rank two
+    us = [jnp.asarray(gaussian(2, 9, 9)), jnp.asarray(gaussian(3, 16, 50))]
+    weights = [flat.T, jnp.asarray(gaussian(4, 60, 50))]
+    tracked = [
+        _power.Tracked(Matrix(), W, jnp.linalg.qr(u.T)[0].T)
+        for W, u in zip(weights, us, strict=True)
+    ]
+    with jax.disable_jit():
+        _power.step(tracked)
+    (basis,) = found
+    assert np.allclose(basis.vectors[0, :9, 9:], 0)
+    assert np.allclose(basis.vectors[0, 9:, :9], 0)
