@@ -128,17 +128,21 @@ def orthonormalizer(
     if block == 1:
         change = jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
         return _where(good, change, eye)
-    diagonal = _diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
-    length = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
-    scale = 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
-    scale = scale.reshape(-1, block)
+    squares = diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
+    scale = to_length_one(squares).reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
     change = _where(good, change * scale[..., None, :], eye)
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
     correction = _where(good, 1.5 * eye - 0.5 * reached, eye)  # the product of ones is 1, exactly
     return _product(correction, change)
+
+
+def to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
+    """What brings vectors of these squared lengths to lengths from 1 to 2; 1 if they have none."""
+    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
+    return 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
 
 
 def _where(good: Bool[Array, " n"] | None, x: Array, other: Array) -> Float[Array, "n b b"]:
@@ -176,7 +180,7 @@ def identity(grams: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
     return jnp.broadcast_to(jnp.eye(grams.shape[-1], dtype=grams.dtype), grams.shape)
 
 
-def _diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
+def diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
     """The diagonals of a stack of matrices: every so many entries of its rows, end to end."""
     n, block, _ = grams.shape
     return lax.slice(grams.reshape(n, block**2), (0, 0), (n, block**2), (1, block + 1))

@@ -37,6 +37,7 @@ from jsn import _errors
 from jsn._block import (
     NOISE,
     Stack,
+    diagonal,
     everywhere,
     identity,
     lobpcg,
@@ -44,6 +45,7 @@ from jsn._block import (
     probe,
     ritz,
     shares,
+    to_length_one,
 )
 from jsn._operator import Matrix, Product, contract, explicit_spec, rmatvec, size
 from jsn._pieces import split
@@ -178,7 +180,7 @@ class Second(NamedTuple):
     v: Block
     """The leading Ritz vectors on the input side, times the roots of Ritz values."""
     y: Block
-    """Their images `A v`."""
+    """Their images `A v`, times `shrink`: of a size that has a square."""
     kept: Block | None
     """Ritz vectors, `-w q`, previous directions; None where y alone makes the next block."""
     fresh: Block
@@ -199,7 +201,7 @@ def read(weights: Sequence[Tracked]) -> First:
 
     def on_cpu(xs):  # one more pass over the blocks, but only if one of them asks for it
         grams = measured(xs)
-        factors = _factors(_largest_square(grams))
+        factors = _factors(diagonal(grams).max(-1))
         return factors, lax.cond(jnp.all(factors == 1), lambda: grams, lambda: nearer(xs, factors))
 
     def elsewhere(xs):  # such a decision would wait for the device
@@ -209,9 +211,7 @@ def read(weights: Sequence[Tracked]) -> First:
         return factors, nearer(xs, factors)
 
     factors, grams = lax.platform_dependent([x for x, _ in v], cpu=on_cpu, default=elsewhere)
-    largest = jnp.sqrt(_largest_square(grams))
-    # To a power of two: nothing is rounded.
-    rest = 1 / _safe(lax.reduce_precision(largest, jnp.finfo(largest.dtype).nexp, mantissa_bits=0))
+    rest = to_length_one(diagonal(grams).max(-1))
     padding = (identity(grams) > 0) & (grams < 0)  # no square is
     grams = jnp.where(padding, grams, grams * _over(rest, grams) ** 2)
     return First(v, stack.split(factors * rest), grams)
@@ -223,11 +223,6 @@ def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(squares < 1 / far, far, jnp.where(squares <= far, 1, 1 / far))
 
 
-def _largest_square(grams: Float[Array, "n b b"]) -> Float[Array, " n"]:
-    """The largest squared length in each block."""
-    return jnp.max(jnp.where(identity(grams) > 0, grams, -1), axis=(-2, -1))
-
-
 def second_read(
     weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch b b"]
 ) -> Second:
@@ -236,7 +231,7 @@ def second_read(
     leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
     x = _mix_shrunk(leading, v, shrink)
     y = weight.operator.matvec(weight.W, x)
-    fresh = y * _over(shrink, y)
+    y = fresh = y * _over(shrink, y)
     kept = None
     if not weight.is_subspace:
         kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), shares(weight.block)
@@ -282,10 +277,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     changes = stack.split(orthonormalizer(grams, good), blocks, blocks)
     new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
 
-    ys = [
-        _best(weight, second.y * _over(shrink, second.y))
-        for weight, second, shrink in _zip(weights, seconds, first.shrink)
-    ]
+    ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
     y_square = stack.flat(_each(_square, weights, ys))
     per_y, per_v = _inverse_length(y_square), _inverse_length(basis.values[:, 0])
