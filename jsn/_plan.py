@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -140,34 +139,33 @@ def lay(operators: Sequence[Operator], weights: Sequence[Weight], us: Sequence[B
     return Laid(groups, views, laid(weights), laid(us))
 
 
-def _members(
+def _in_order(
     groups: Sequence[Sequence[int]], found: Sequence[Sequence[Array]], cut: Callable = cut
-) -> Iterator[tuple[Array, ...]]:
-    """What groups have found, for each of their members."""
+) -> list[tuple[Array, ...]]:
+    """What groups have found, for each of their members, in the order of the weights."""
+    members: dict[int, tuple[Array, ...]] = {}
     for group, *each in zip(groups, *found, strict=True):
         parts = cut(each, ((),) * len(group)) if len(group) > 1 else [[x] for x in each]
-        yield from zip(*parts, strict=True)
-
-
-def _in_order(
-    groups: Sequence[Sequence[int]], found: Sequence[Sequence[Array]]
-) -> list[tuple[Array, ...]]:
-    """The same, in the order of the weights."""
-    members = dict(zip(itertools.chain(*groups), _members(groups, found), strict=True))
+        members |= zip(group, zip(*parts, strict=True), strict=True)
     return [members[i] for i in range(len(members))]
 
 
 def _families(tracked: Sequence[Tracked]) -> list[list[int]]:
-    """Weights whose small algebra has one form: all, unless a tree has several block sizes.
+    """Weights whose small algebra has one form: those on subspace iteration, and all others.
 
-    So it has where the states of several modules come side by side.
+    These all have blocks of one size, unless the states of several modules come side by side.
     """
-    sizes = [weight.block for weight in tracked if not weight.is_subspace]
     families: dict[int, list[int]] = {}
     for index, weight in enumerate(tracked):
-        home = max(sizes, default=0) if weight.is_subspace else weight.block
-        families.setdefault(home, []).append(index)
+        families.setdefault(0 if weight.is_subspace else weight.block, []).append(index)
     return list(families.values())
+
+
+def _arranged(tracked: Sequence[Tracked]) -> Iterator[tuple[list[list[int]], list[Tracked]]]:
+    """Family by family: the groups in it, by index, and each of them as one weight."""
+    for family in _families(tracked):
+        groups = [[family[i] for i in group] for group in _groups([tracked[i] for i in family])]
+        yield groups, [_together([tracked[i] for i in group]) for group in groups]
 
 
 def _place(operator: Operator, W: Weight, u: Block) -> Block:
@@ -203,18 +201,17 @@ def _advance(
         Tracked(operator, W, _place(operator, W, u))
         for operator, W, u in zip(operators, weights, us, strict=True)
     ]
-    found: dict[int, tuple] = {}
-    for family in _families(tracked):
-        groups = _groups([tracked[i] for i in family])
-        grouped = [_together([tracked[family[i]] for i in group]) for group in groups]
+    groups: list[list[int]] = []
+    found: list[tuple[Array, ...]] = []
+    for more, grouped in _arranged(tracked):
         grouped = [each._replace(u=usable(each.u, len(each.batch))) for each in grouped]
         pairs, blocks = _power.advance(grouped, n_steps)
-        members = [family[i] for group in groups for i in group]
-        sigmas = _members(groups, [pairs.sigma], split)
-        others = _members(groups, [pairs.u, pairs.v, blocks])
-        found |= {i: one + more for i, one, more in zip(members, sigmas, others, strict=True)}
-    sigmas, left, right, blocks = ([found[i][k] for i in range(len(tracked))] for k in range(4))
-    return Pairs(sigmas, left, right), list(map(_back, blocks, us))
+        groups += more
+        found += zip(*pairs, blocks, strict=True)
+    sigma, *others = zip(*found, strict=True)
+    (sigmas,) = zip(*_in_order(groups, [sigma], split), strict=True)
+    left, right, blocks = map(list, zip(*_in_order(groups, others), strict=True))
+    return Pairs(list(sigmas), left, right), list(map(_back, blocks, us))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -235,13 +232,15 @@ def begin(
         Tracked(op, W, _place(op, W, u))
         for op, W, u in zip(laid.operators, laid.weights, laid.us, strict=True)
     ]
-    groups = _groups(tracked)
-    grouped = [_together([tracked[i] for i in group]) for group in groups]
-    grouped = _power.settle(_power.orthonormal(grouped), warmup)
-    best = [
-        lax.slice_in_dim(each.u, 0, min(block_size, each.block), axis=len(each.batch))
-        for each in grouped
-    ]
+    groups: list[list[int]] = []
+    best: list[Block] = []
+    for more, grouped in _arranged(tracked):
+        grouped = _power.settle(_power.orthonormal(grouped), warmup)
+        groups += more
+        best += [
+            lax.slice_in_dim(each.u, 0, min(block_size, each.block), axis=len(each.batch))
+            for each in grouped
+        ]
     (best,) = zip(*_in_order(groups, [best]), strict=True)
     (best,) = laid.apart(best)
     return list(best)

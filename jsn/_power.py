@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
@@ -40,6 +39,7 @@ from jsn._block import (
     diagonal,
     everywhere,
     identity,
+    leading,
     lobpcg,
     orthonormalizer,
     probe,
@@ -228,8 +228,7 @@ def second_read(
 ) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
     n_batch = len(weight.batch)
-    leading = lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch)
-    x = _mix_shrunk(leading, v, shrink)
+    x = _mix_shrunk(lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch), v, shrink)
     y = weight.operator.matvec(weight.W, x)
     y = fresh = y * _over(shrink, y)
     kept = None
@@ -253,15 +252,18 @@ def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
 
 
 def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
-    """One step for several weights: their pairs and their next blocks."""
+    """One step for several weights: their pairs and their next blocks.
+
+    Either all are on subspace iteration, or none is and their blocks are of one size.
+    """
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
-    plain = np.repeat([w.is_subspace for w in weights], [size(w.batch) for w in weights])
     first = read(weights)
-    basis = ritz(first.grams)
-    rows = basis.vectors
-    if not plain.all():
-        block = next(weight.block for weight in weights if not weight.is_subspace)
-        rows = jnp.where(_over(jnp.asarray(plain), rows), rows, lobpcg(basis, block))
+    if weights[0].is_subspace:
+        basis = ritz(first.grams)
+        rows = basis.vectors
+    else:
+        basis = leading(first.grams)
+        rows = lobpcg(basis)
     seconds = _each(second_read, weights, first.v, first.shrink, stack.split(rows, blocks, blocks))
 
     # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
@@ -269,8 +271,8 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     grams = _each(_gram_of, weights, [second.fresh for second in seconds])
     changes = orthonormalizer(stack.matrices(grams, fill=1))
     good = jnp.isfinite(changes.sum((-2, -1)))  # as all that they were made of is
-    leading = [weight.n_leading for weight in weights]
-    changes = stack.split(changes, leading, leading)
+    sizes = [weight.n_leading for weight in weights]
+    changes = stack.split(changes, sizes, sizes)
     fresh = [_mix(T, second.fresh) for T, second in _zip(changes, seconds)]
     spans = _each(span, weights, seconds, fresh, stack.split(good))
     grams = stack.matrices(_each(_gram_of, weights, spans), fill=1)

@@ -253,7 +253,7 @@ def test_weights_of_any_scales_side_by_side_do_not_touch_each_other():
         state = jsn.init(params, block_size=16, warmup=2)
         return [entry["kernel"] for entry in jsn.normalize(params, state)[0].values()]
 
-    usual, small, large, zero = normalized(1, 1e-30, 1e30, 0)
+    usual, small, large, zero = normalized(1, 2.0**-100, 2.0**100, 0)
     alike = normalized(1, 1, 1, 1)
     assert np.array_equal(usual, alike[0])
     assert np.allclose([small, large], alike[1], rtol=1e-5, atol=1e-7)
@@ -459,6 +459,14 @@ def test_a_cpu_that_is_one_device_calls_lapack_for_all_matrices_at_once(monkeypa
     np.testing.assert_allclose(_block._factorized_on_cpu(regular), inverses, atol=1e-5)
 
 
+def test_no_eigendecomposition_is_as_large_as_a_large_block():
+    W = jnp.ones((90, 80))
+    for block, largest in ((16, 16), (32, 8), (48, 8), (80, 80)):  # of 80: a whole side is exact
+        equations = jaxprs.trace(lambda W, u: jsn.power_iterate(W, u, 2), W, rows(42, block, 80))
+        sides = [x.invars[0].aval.shape[-1] for x in equations if x.primitive.name == "eigh"]
+        assert max(sides) == largest
+
+
 def test_nothing_of_the_size_of_a_block_is_baked_into_the_program():
     W, u = jnp.ones((31, 37)), rows(41, 8, 37)
     assert jaxprs.largest_constant(lambda W, u: jsn.power_iterate(W, u, 3), W, u) <= 1
@@ -478,3 +486,56 @@ def test_the_first_block_spans_as_many_directions_as_it_has_vectors(n_vectors):
     for length in (n_vectors, n_vectors + 1, 2 * n_vectors):
         values = np.linalg.svd(_block.probe((n_vectors, length), 0), compute_uv=False)
         assert values[-1] > 1e-4 * values[0]
+
+
+# --- the leading Ritz pairs of a large block ---------------------------------------------------
+
+SPECTRA = {
+    "flat": np.linspace(1, 0.9, 32),
+    "ties": np.repeat([1.0, 0.99, 0.5, 0.1], 8),
+    "geometric": 0.3 ** np.arange(32),
+    "one": np.r_[1, np.zeros(31)],
+    "few": np.r_[np.linspace(1, 0.5, 5), np.full(27, 1e-7)],
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_leading_ritz_pairs_of_a_large_block(spectrum, scale):
+    """From blocks whose first vectors are close to the last Ritz vectors, as they come."""
+    rng, values = np.random.default_rng(50), SPECTRA[spectrum]
+    turns = [np.linalg.qr(np.eye(32) + 0.05 * rng.standard_normal((32, 32)))[0] for _ in range(3)]
+    grams = np.stack([(Q * values) @ Q.T for Q in turns])
+    n_ritz, n_residual, _ = _block.shares(32)
+    found = _block.leading(jnp.asarray(scale * grams, jnp.float32))
+    vectors = np.asarray(found.vectors, np.float64)
+    assert vectors.shape == (3, n_ritz, 32)
+    identity = np.broadcast_to(np.eye(n_ritz), (3, n_ritz, n_ritz))
+    np.testing.assert_allclose(vectors @ vectors.swapaxes(1, 2), identity, atol=1e-4)
+    first = vectors[:, :n_residual]
+    np.testing.assert_allclose(first @ first.swapaxes(1, 2), identity[:, :8, :8], atol=1e-4)
+    seen = first @ grams @ first.swapaxes(1, 2)  # diagonal, with the values on it
+    expected = np.stack([np.diag(each) for each in np.float64(found.values) / scale])
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+    assert np.all(np.float64(found.values[:, 0]) / scale > 1 - 1e-3)
+    assert np.all(np.float64(found.values[:, 0]) / scale < 1 + 1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 12, 16, 20, 31])
+def test_the_largest_is_found_wherever_in_a_block_it_hides(place):
+    """Also where no product leads to it from the vectors in front."""
+    values = np.full(32, 0.5)
+    values[place] = 1
+    found = _block.leading(jnp.asarray(np.diag(values)[None], jnp.float32))
+    assert found.values[0, 0] > 1 - 1e-4
+    assert np.argmax(np.abs(found.vectors[0, 0])) == place
+
+
+def test_zero_and_nan_leave_a_large_block_as_it_was():
+    grams = jnp.stack([jnp.zeros((32, 32)), jnp.full((32, 32), jnp.nan), jnp.eye(32)])
+    found = _block.leading(grams)
+    front = np.eye(16, 32)
+    assert np.array_equal(found.values[0], np.zeros(8))
+    assert np.all(np.isnan(found.values[1]))
+    for i in (0, 2):
+        assert np.all(np.linalg.norm(found.vectors[i] @ front.T, axis=-1) > 0.9)
