@@ -527,7 +527,7 @@ def test_the_largest_is_found_wherever_in_a_block_it_hides(place):
     values = np.full(32, 0.5)
     values[place] = 1
     found = _block.leading(jnp.asarray(np.diag(values)[None], jnp.float32))
-    assert found.values[0, 0] > 1 - 1e-4
+    assert found.values[0, 0] > 1 - 1e-3
     assert np.argmax(np.abs(found.vectors[0, 0])) == place
 
 
