@@ -48,10 +48,10 @@ def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
 
     Returns:
         `flops_W`: two reads, and the division. `flops_thin`: Gram matrices and combinations of
-        blocks. `flops_small`: what has the size of a block squared, without `eigh`, which compilers
-        do not count. `bytes_W`: three reads and one write of W. `bytes_thin`: of blocks and what is
-        smaller. `sent_in`, `sent_out`: reduced along the axis of the inputs and of the outputs.
-        `state`: bytes kept.
+        blocks. `flops_small`: what has the size of a block squared, for blocks of more than 16
+        vectors, without factorizations, which compilers do not count. `bytes_W`: three reads and
+        one write of W. `bytes_thin`: of blocks and what is smaller. `sent_in`, `sent_out`: reduced
+        along the axis of the inputs and of the outputs. `state`: bytes kept.
 
     Compilers count a branch in which blocks are scaled and measured once more, with `b^2` sent. It
     hardly ever runs: where the scale of a weight is so far from 1 that squares would be lost.
@@ -63,9 +63,9 @@ def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
     return {
         "flops_W": (2 * b + 2 * t + 1) * ins * outs,
         "flops_thin": b * (4 * b + 2 * t + 5) * ins + (6 * b * b + 4 * t * t + 22 * b) * outs,
-        "flops_small": 9 * b**3,
+        "flops_small": 27 * b**3,
         "bytes_W": 4 * FLOAT * ins * outs,
-        "bytes_thin": FLOAT * b * (10 * ins + 14 * outs + 70 * b),
+        "bytes_thin": FLOAT * b * (10 * ins + 14 * outs + 114 * b),
         "sent_in": FLOAT * (t * outs + 2 * b * b) * (p > 1),
         "sent_out": FLOAT * (b * ins + b * b + t * t + 1) * (q > 1),
         "state": FLOAT * b * outs,
@@ -92,7 +92,7 @@ def planned(model: str, devices: int, b: int, t: int) -> Row:
         cost = predicted(m, n, p, q, b, t)
         ins, outs = ("data_axis", "model_axis") if split_outputs else ("model_axis", "data_axis")
         row["flops"] += layers * (cost["flops_W"] + cost["flops_thin"])
-        row["small"] += layers * 2 * cost["flops_small"]  # eigh, about as much again
+        row["small"] += layers * cost["flops_small"]
         row["bytes"] += layers * (cost["bytes_W"] + cost["bytes_thin"])
         row["state"] += layers * cost["state"]
         row[ins] += layers * cost["sent_in"]

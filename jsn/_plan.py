@@ -241,9 +241,9 @@ def begin(
             lax.slice_in_dim(each.u, 0, min(block_size, each.block), axis=len(each.batch))
             for each in grouped
         ]
-    (best,) = zip(*_in_order(groups, [best]), strict=True)
-    (best,) = laid.apart(best)
-    return list(best)
+    (together,) = zip(*_in_order(groups, [best]), strict=True)
+    (apart,) = laid.apart(together)
+    return list(apart)
 
 
 _WARM_BLOCK = 32

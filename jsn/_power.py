@@ -12,10 +12,11 @@ One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
     sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
     u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
 
-The next block is that of LOBPCG without a preconditioner. Where the block spans a whole side of
-the matrix, and for a block of one vector, it is y itself: subspace iteration, which for one vector
-is the iteration of Miyato et al. What has the size of a weight or of a block is done weight by
-weight here; the algebra in between, which is small, for all of them at once.
+The next block is that of LOBPCG without a preconditioner; of a large block only the leading columns
+of Q are looked for (`_block.leading`). Where the block spans a whole side of the matrix, and for
+a block of one vector, it is y itself: subspace iteration, which for one vector is the iteration of
+Miyato et al. What has the size of a weight or of a block is done weight by weight here; the algebra
+in between, which is small, for all of them at once.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_an_estimate_goes_on_until_it_settles(monkeypatch):
     monkeypatch.setattr(_measure, "LARGEST_SVD", 24)
     crowded = 1 - np.linspace(0, 1, 200) ** 8  # ten steps do not tell these apart
     row = only(np.diag(crowded).astype(np.float32))
-    assert 1 - 2e-6 <= row.sigma <= 1 + 1e-6
+    assert 1 - 1e-5 <= row.sigma <= 1 + 1e-6  # ten steps leave 3e-5
 
 
 def test_a_long_matrix_is_reduced_slice_by_slice(monkeypatch):

@@ -146,7 +146,7 @@ def test_weights_of_one_shape_have_bounds_and_scales_of_their_own(shape, soft):
         part = [{name: tree[name]} for tree in (params, bounds, scales)]
         alone = jsn.init(part[0], rules=rules, block_size=4)
         (_, one), expected = gradient(part[0], alone, *part[1:])
-        # Singular vectors know the order of sums, which differs here, to 1e-5; gradients are near 5.
+        # The order of sums, which differs here, shows in singular vectors to 1e-5.
         same = functools.partial(np.allclose, rtol=1e-3, atol=1e-4)
         found_for_it = [tree[name] for tree in (done, *found)]
         expected_for_it = [tree[name] for tree in (one, *expected)]
