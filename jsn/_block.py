@@ -132,7 +132,7 @@ def _steep(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     power, total = _to_one(grams), identity(grams)
     for _ in range(2):
         total = power + total / 64
-        for _ in range(3):  # from 1 to 2^40 at most
+        for _ in range(3):  # entries reach the eighth power of the block size at most
             power = _product(power, power)
         power = _to_one(power)
     return power + total / 64
