@@ -90,7 +90,7 @@ def _lapack_hangs() -> bool:
 
 _EXACT = 16
 """Blocks of at most so many vectors get all their Ritz vectors, exactly: for 16 LAPACK takes 14 us,
-for 32 it takes 51, more than all other small algebra, and `leading` 12."""
+for 32 it takes 51, more than all other small algebra, and `leading` 10."""
 
 
 def leading(grams: Float[Array, "n b b"]) -> Basis:
