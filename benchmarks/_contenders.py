@@ -20,7 +20,7 @@ import jsn
 from benchmarks import _clock
 from benchmarks._cases import Weights
 from jsn._operator import rmatvec
-from jsn._power import Tracked
+from jsn._power import Tracked, _gram, _mix
 
 PyTree = Any
 
@@ -137,6 +137,30 @@ def nothing() -> Contender:
 
 def products(**options: Any) -> Contender:
     """The floor of a block: both products with each weight and its scaling, no more."""
+    return _floor(lambda weight: both_products(weight)[1], options)
+
+
+def tracking(**options: Any) -> Contender:
+    """The floor of a block that tracks a subspace: also what mixes and orthonormalizes vectors.
+
+    Beside both products a Gram matrix of the block on each side, the combinations that go into the
+    second product, and those that make the next block. What finds coefficients is left out.
+    """
+
+    def next_block(weight: Tracked) -> jax.Array:
+        n_batch, new = len(weight.batch), weight.n_leading
+        v, last = rmatvec(weight.operator, weight.W, weight.u)
+        rows = lax.slice_in_dim(_gram(v, n_batch, last), 0, new, axis=n_batch)
+        y = weight.operator.matvec(weight.W, _mix(rows, v, last))
+        kept = lax.slice_in_dim(weight.u, 0, weight.block - new, axis=n_batch)
+        block = jnp.concatenate([kept, y], axis=n_batch)
+        return _mix(_gram(block, n_batch), block)
+
+    return _floor(next_block, options)
+
+
+def _floor(read: Callable[[Tracked], jax.Array], options: Mapping[str, Any]) -> Contender:
+    """Scales each weight by a constant, and does what a block has to do with it."""
 
     def init(params: PyTree) -> PyTree:
         return jsn.init(params, rules=_RULES, **options).u
@@ -145,8 +169,7 @@ def products(**options: Any) -> Contender:
         out = {}
         for name, entry in params.items():
             W, u = entry["kernel"], us[name]["kernel"]
-            _, image = both_products(Tracked(_operator(W), W, u))
-            out[name] = {"kernel": 0.5 * W, "image": image}
+            out[name] = {"kernel": 0.5 * W, "read": read(Tracked(_operator(W), W, u))}
         return out, us
 
     return Jax(init, normalize, "native")

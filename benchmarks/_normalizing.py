@@ -14,7 +14,15 @@ import jax
 from benchmarks import _clock
 from benchmarks._cases import CASES, SMOKE_CASES, Case, trajectory, true_norms, worst_norm
 from benchmarks._clock import Row
-from benchmarks._contenders import Contender, copy, flax_linen, nothing, ours, products
+from benchmarks._contenders import (
+    Contender,
+    copy,
+    flax_linen,
+    nothing,
+    ours,
+    products,
+    tracking,
+)
 from benchmarks._peers import PEERS
 
 MOMENTS = 4
@@ -34,6 +42,7 @@ def contenders() -> dict[str, Callable[[], Contender]]:
         "jsn, default": ours,
         "only the products of block 8": lambda: products(block_size=8),
         "only the products of the default": products,
+        "and what keeps its block": tracking,
         "Flax linen": flax_linen,
         **PEERS,
     }

@@ -22,6 +22,7 @@ RAW = (
     "copy of the weights",
     "only the products of block 8",
     "only the products of the default",
+    "and what keeps its block",
 )
 """Rows that do not normalize."""
 

@@ -107,8 +107,8 @@ def each_time(model: nn.Module, collection: str) -> Forward:
     return forward
 
 
-def floor(model: nn.Module, each_pass: bool, as_jsn: bool) -> Forward:
-    """What no block of this size can do without, once or in each pass, and nothing else.
+def floor(model: nn.Module, as_jsn: bool) -> Forward:
+    """What no block of this size can do without to normalize once, and nothing else.
 
     Its two products with each weight, the scaling, and the derivative of both. Weights are
     multiplied with 1 / sigma, or scaled as jsn does it, which XLA treats differently.
@@ -121,11 +121,10 @@ def floor(model: nn.Module, each_pass: bool, as_jsn: bool) -> Forward:
         pairs = Pairs([jnp.linalg.norm(v[0])], [u[0]], [v[0] / jnp.linalg.norm(v[0])])
         (sigma,) = with_derivative((weight.operator,), [W], pairs)
         if as_jsn:
-            (scaled,) = constrain([weight.operator], [W], [sigma], [1.0], False, [None])
+            ((scaled,), _) = constrain([weight.operator], [W], [sigma], [1.0], False, [None])
         else:
             scaled = W * (1 / jnp.where(sigma > 0, sigma, 1))
-        # No compiler may see that the next pass would find the same.
-        return scaled, jnp.roll(u.at[: len(y)].add(1e-6 * y), 1, axis=0)
+        return scaled, u.at[: len(y)].add(1e-6 * y)  # so that no compiler leaves it out
 
     def both(params: PyTree, us: PyTree) -> tuple[PyTree, PyTree]:
         leaves = traverse_util.flatten_dict(params)
@@ -134,12 +133,8 @@ def floor(model: nn.Module, each_pass: bool, as_jsn: bool) -> Forward:
         return traverse_util.unflatten_dict(leaves), {path: u for path, (_, u) in pairs.items()}
 
     def forward(params: PyTree, us: PyTree, inputs: Sequence[jax.Array]) -> Any:
-        outputs, scaled = [], None
-        for x in inputs:
-            if scaled is None or each_pass:
-                scaled, us = both(params, us)
-            outputs.append(model.apply({"params": scaled}, x))
-        return outputs, us
+        scaled, us = both(params, us)
+        return [model.apply({"params": scaled}, x) for x in inputs], us
 
     return forward
 
@@ -221,8 +216,7 @@ def floors(
     model, state = cls(**fields), make(jsn.init, params)
     us = {path: u for path, u in traverse_util.flatten_dict(state.u).items() if u is not None}
     return {
-        f"floor of the default, {often}{how}": (floor(model, often == "twice", bool(how)), us)
-        for often in ("once", "twice")
+        f"floor of the default, once{how}": (floor(model, bool(how)), us)
         for how in ("", ", scaled as jsn does")
     }
 

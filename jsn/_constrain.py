@@ -1,7 +1,7 @@
 """Station 5. From sigma to the weight the model uses: hard, soft, learned scale.
 
 In: weights, their sigmas, and what the caller asks for. Out: the constrained weights, each in
-its own dtype. Must not know how sigma was found.
+its own dtype, and what they were multiplied by. Must not know how sigma was found.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ def constrain(
     bounds: Sequence[Any],
     soft: bool,
     scales: Sequence[Any],
-) -> list[Weight]:
+) -> tuple[list[Weight], list[Sigma]]:
     """Scales weights: `W * bound / sigma`, or `W * min(1, bound / sigma)`, times `scale`.
 
     The factors of all weights are formed at once. They are formed and applied in at least
     float32; the cast to the dtype of `W` comes last. A zero weight stays zero.
+
+    Returns:
+        The scaled weights, and their factors.
     """
     one = jnp.ndim(bounds[0]) == 0 and all(bound is bounds[0] for bound in bounds)
     factors = _factors(soft, list(sigmas), list(bounds[:1] if one else bounds))
-    return [_scaled(*each) for each in zip(operators, weights, factors, scales, strict=True)]
+    factors = [_with_scale(*each) for each in zip(weights, factors, scales, strict=True)]
+    return [
+        _scaled(*each) for each in zip(operators, weights, factors, scales, strict=True)
+    ], factors
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -87,13 +93,26 @@ def _change(soft: bool, factor: Sigma, bound: Any, d_sigma: Any, d_bound: Any) -
     return change
 
 
+def around(factor: Sigma) -> tuple[Sigma, Sigma]:
+    """What to multiply the input and the output of a linear map with, instead of its weight.
+
+    The input by a power of two, which rounds nothing, and keeps what the map gives at the size of
+    what the scaled weight gives. It is a constant: the way back goes through the output alone.
+    """
+    before = jnp.clip(jnp.abs(lax.stop_gradient(factor)), 2.0**-60, 2.0**60)
+    before = lax.reduce_precision(before, jnp.finfo(before.dtype).nexp, mantissa_bits=0)
+    return before, factor / before
+
+
+def _with_scale(W: Weight, factor: Sigma, scale: Any) -> Sigma:
+    factor = factor.astype(np.promote_types(W.dtype, np.float32))
+    return factor if scale is None else factor * jnp.asarray(scale, factor.dtype)
+
+
 def _scaled(operator: Operator, W: Weight, factor: Sigma, scale: Any) -> Weight:
-    dtype = np.promote_types(W.dtype, np.float32)
-    factor = factor.astype(dtype)
+    dtype = factor.dtype
     if scale is None and factor.ndim == 0 and _is_kernel(operator, W):
         return _kernel_scaled(False, W.astype(dtype), factor).astype(W.dtype)
-    if scale is not None:
-        factor = factor * jnp.asarray(scale, dtype)
     if factor.ndim:
         factor = _spread(operator, W, factor)
     return (W.astype(dtype) * factor).astype(W.dtype)

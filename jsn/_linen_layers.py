@@ -1,8 +1,8 @@
 """Station 7. The linen layers that jsn knows: which parameter is which linear map.
 
 In: a layer and the input of one of its calls. Out: the exact operator of its weight, or why there
-is none. Every layer is described here, and only here. Must not know how calls are observed, nor
-anything about lifted axes, rules or state.
+is none; and the linear part of a layer. Every layer is described here, and only here. Must not know
+how calls are observed, nor anything about lifted axes, rules or state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from opt_einsum.parser import parse_einsum_input
 
 from jsn._conv import Conv
-from jsn._operator import Matrix
+from jsn._operator import Matrix, size
 from jsn._types import Operator
 
 
@@ -113,3 +113,36 @@ def read(
     if reader is _dense_general:
         reader = functools.partial(reader, per_head=per_head)
     return name, reader(module, *args, **kwargs)
+
+
+_LINEAR = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
+_OWN_ARITHMETIC = (
+    "dot_general",
+    "dot_general_cls",
+    "conv_general_dilated",
+    "conv_general_dilated_cls",
+    "promote_dtype",
+)
+"""Fields by which a caller changes what a layer computes: it need not be linear any more."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer gives what is linear in its kernel, plus its bias, if any."""
+    cls = type(module)
+    if cls not in _LINEAR or getattr(module, "batch_dims", ()):
+        return False
+    changed = (getattr(module, x, None) is not getattr(cls, x, None) for x in _OWN_ARITHMETIC)
+    return not any(changed)
+
+
+def n_outputs(module: Any, kernel: tuple[int, ...], inputs: tuple[int, ...]) -> int:
+    """About how many numbers a linear layer gives, from the shapes of its kernel and its input."""
+    if isinstance(module, nn.Dense | nn.DenseGeneral):
+        n_in = len(_tuple(getattr(module, "axis", -1)))
+        return size(inputs) * size(kernel[n_in:]) // max(1, size(kernel[:n_in]))
+    n_window = len(kernel) - 2
+    strides = np.broadcast_to(np.array(_tuple(module.strides or 1)), n_window)
+    places = np.array(inputs[-n_window - 1 : -1])
+    transpose = isinstance(module, nn.ConvTranspose)
+    places = places * strides if transpose else -(-places // strides)
+    return size(inputs[: -n_window - 1]) * int(places.prod()) * kernel[-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jsn._constrain import constrain, per_leaf
 from jsn._power import check_count
 from jsn._rules import FLAX, Leaf, Rules, assign, check_dtypes, flatten
 from jsn._sharding import check_explicit
-from jsn._types import Block, Operator, PyTree, SNState
+from jsn._types import Block, Operator, PyTree, Sigma, SNState, Weight
 
 
 def init(params: PyTree, *, rules: Rules = FLAX, block_size: int = 32, warmup: int = 15) -> SNState:
@@ -118,27 +118,53 @@ def normalize(
         Soft: Gouk et al. 2018, https://arxiv.org/abs/1804.04368, section 3.3.
         Scale: Zhai et al. 2023, https://arxiv.org/abs/2303.06296, sigmaReparam.
     """
-    return _normalize("jsn.normalize", params, state, n_steps, bound, soft, scale)
+    return _normalize("jsn.normalize", params, state, n_steps, bound, soft, scale)[:2]
+
+
+class Factored(NamedTuple):
+    """A tracked leaf, and how it was normalized."""
+
+    raw: Weight
+    normalized: Weight
+    factor: Sigma
+    """What it was multiplied with, `(*batch)`."""
+
+
+def factored(
+    params: PyTree, state: Any, n_steps: int, **options: Any
+) -> tuple[PyTree, Any, list[Factored]]:
+    """What `normalize` returns, and all that is tracked, leaf by leaf."""
+    call = "jsn.normalize"
+    return _normalize(call, params, state, n_steps, **options, with_factors=True)
 
 
 def _normalize(
-    call: str, params: PyTree, state: Any, n_steps: int, bound: Any, soft: bool, scale: Any
-) -> tuple[PyTree, Any]:
+    call: str,
+    params: PyTree,
+    state: Any,
+    n_steps: int,
+    bound: Any,
+    soft: bool,
+    scale: Any,
+    with_factors: bool = False,
+) -> tuple[PyTree, Any, list[Factored]]:
     n_steps = check_count(call, "n_steps", n_steps, 0)
     leaves, rebuild, us, replace = _match(params, state, call)
     bounds = per_leaf(call, "bound", bound, params, leaves)
     scales = per_leaf(call, "scale", scale, params, leaves)
     tracked = [index for index, leaf in enumerate(leaves) if leaf.operator is not None]
     pick = lambda values: [values[index] for index in tracked]
-    values = [leaf.value for leaf in leaves]
+    values, found = [leaf.value for leaf in leaves], []
     if tracked:
         laid = _lay(pick(leaves), us)
         sigmas, blocks = _plan.track(laid.operators, laid.weights, laid.us, n_steps)
         bounds, scales = laid.together(pick(bounds)), laid.together(pick(scales))
-        scaled = constrain(laid.operators, laid.weights, sigmas, bounds, soft, scales)
-        for index, value, u in zip(tracked, *laid.apart(scaled, blocks), strict=True):
+        scaled, factors = constrain(laid.operators, laid.weights, sigmas, bounds, soft, scales)
+        wanted = [scaled, blocks, *[factors] * with_factors]
+        for index, value, u, *factor in zip(tracked, *laid.apart(*wanted), strict=True):
+            found += [Factored(values[index], value, *factor)] if factor else []
             values[index], us[leaves[index].path] = value, u
-    return rebuild(values), replace(us)
+    return rebuild(values), replace(us), found
 
 
 def sigmas(params: PyTree, state: SNState | Mapping[str, Any], *, n_steps: int = 0) -> PyTree:

@@ -22,6 +22,8 @@ from flax.core.scope import DenyList, Scope
 from jsn import _errors, _normalize
 from jsn._linen_operators import describe, tell
 from jsn._linen_operators import operators as operators
+from jsn._linen_outputs import Outputs
+from jsn._normalize import Factored
 from jsn._power import check_count
 from jsn._read_linen import Reader, Reading
 from jsn._rules import FLAX, Rules, covers, flatten, refined
@@ -71,6 +73,11 @@ def spectral_norm(
 
     Around `nn.RNN` or a whole model a recurrent kernel is normalized once for a sequence; around
     the cell alone, once for every time step.
+
+    Whoever looks at a weight sees it normalized. Where a layer takes and gives less than its weight
+    has entries, as on small batches, jsn scales its input and output instead: the same up to
+    rounding, without a scaled copy of the weight. It does so for `nn.Dense`, `DenseGeneral`, `Conv`
+    and `ConvTranspose` in at least float32, outside of loops and of `nn.remat`.
 
     Args:
         target: A module class such as `nn.Dense` or your own; without it, a decorator.
@@ -242,7 +249,7 @@ def _call(
         scopes = scope_fn((trees, states, rest), rngs, mutable_filter=DenyList("params"))
         return fn(scopes, *args, **kwargs)
 
-    views, own = [], []
+    views, own, found = [], [], []
     for index, (root, tree, state) in enumerate(zip(roots, params, states, strict=True)):
         raw, old = tree.get("params"), state.get(COLLECTION, {}).get(_NAME)
         if not raw or (root is not mine and not covers(raw, settings.rules)):
@@ -257,12 +264,14 @@ def _call(
         if old is None:
             raise ValueError(_errors.no_linen_state("/".join(root.path) or "the model"))
         steps = n_steps if training and not creating else 0
-        view, new = _normalized_once(seen, root.path, raw, old, steps, settings.options)
+        view, new, factored = _normalized_once(seen, root.path, raw, old, steps, settings.options)
+        found += factored
         views.append({"params": view})
         own.append({_NAME: new} if training else {})
 
     scopes = scope_fn((tuple(views), states, rest), rngs, mutable_filter=DenyList("params"))
-    y = fn(scopes, *args, **kwargs)
+    with nn.intercept_methods(Outputs(() if creating else found)):
+        y = fn(scopes, *args, **kwargs)
     _, states, rest = repack(scopes)
     merged = tuple(
         {COLLECTION: inner} if (inner := {**unfreeze(state.get(COLLECTION, {})), **new}) else {}
@@ -277,15 +286,15 @@ def _leaves(scopes: Any) -> list[Scope]:
 
 def _normalized_once(
     seen: dict, path: tuple[str, ...], raw: PyTree, state: SNState, n_steps: int, options: Mapping
-) -> tuple[PyTree, SNState]:
+) -> tuple[PyTree, SNState, list[Factored]]:
     """Normalizes, or hands out what this apply made of the very same leaves before."""
     leaves = jax.tree.leaves(raw)
-    before, view = seen.get(path, ([], None))
+    before, view, found = seen.get(path, ([], None, []))
     if len(before) == len(leaves) and all(x is y for x, y in zip(before, leaves, strict=True)):
-        return view, state
-    view, state = _normalize.normalize(raw, state, n_steps=n_steps, **options)
-    seen[path] = (leaves, view)
-    return view, state
+        return view, state, found
+    view, state, found = _normalize.factored(raw, state, n_steps, **options)
+    seen[path] = (leaves, view, found)
+    return view, state, found
 
 
 def _create(

@@ -126,12 +126,13 @@ def test_forms_of_the_step_differ_whatever_was_traced_before():
     assert min(apart(first, subspace), apart(first, thirds), apart(subspace, thirds)) > 0.1
 
 
-def test_the_floor_is_two_products_for_each_weight():
+@pytest.mark.parametrize(("floor", "n_products"), [("products", 2), ("tracking", 6)])
+def test_the_floors_are_so_many_products_for_each_weight(floor, n_products):
     case = _cases.SMOKE_CASES["small"]
-    weights, floor = next(_cases.trajectory(case, 0)), _contenders.products()
+    weights, floor = next(_cases.trajectory(case, 0)), getattr(_contenders, floor)()
     floor.start(weights, case.stacked)
     program = jax.jit(floor.normalize).lower(floor.params, floor.state).as_text()
-    assert program.count("stablehlo.dot_general") == 2 * len(weights)
+    assert program.count("stablehlo.dot_general") == n_products * len(weights)
 
 
 def test_made_up_arrays_have_the_shapes_of_the_real_ones():
