@@ -96,12 +96,13 @@ def _change(soft: bool, factor: Sigma, bound: Any, d_sigma: Any, d_bound: Any) -
 def around(factor: Sigma) -> tuple[Sigma, Sigma]:
     """What to multiply the input and the output of a linear map with, instead of its weight.
 
-    The input by a power of two, which rounds nothing, and keeps what the map gives at the size of
-    what the scaled weight gives. It is a constant: the way back goes through the output alone.
+    The output by a power of two, a constant: 1, unless the input would leave the numbers there are.
+    That rounds nothing, or XLA would round the sum with a bias differently in each copy of it.
     """
-    before = jnp.clip(jnp.abs(lax.stop_gradient(factor)), 2.0**-60, 2.0**60)
-    before = lax.reduce_precision(before, jnp.finfo(before.dtype).nexp, mantissa_bits=0)
-    return before, factor / before
+    size = jnp.abs(lax.stop_gradient(factor))
+    beyond = jnp.where(size == 0, 1, size / jnp.clip(size, 2.0**-60, 2.0**60))
+    after = lax.reduce_precision(beyond, jnp.finfo(beyond.dtype).nexp, mantissa_bits=0)
+    return factor / after, after
 
 
 def _with_scale(W: Weight, factor: Sigma, scale: Any) -> Sigma:

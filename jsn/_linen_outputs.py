@@ -45,10 +45,11 @@ class Outputs:
             return call_next(*args, **kwargs)
         x, bias = jnp.asarray(args[0]), _parameter(module, "bias")
         if not self._pays(module, weight.raw, bias, x):
-            return call_next(x)
+            return call_next(*args)
         before, after = around(weight.factor)
         with _holding(module, weight.raw, bias):
-            y = call_next(x * before) * after
+            y = call_next(x * before)
+        y = y * after.astype(y.dtype)
         if bias is None:
             return y
         return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -58,7 +59,7 @@ class Outputs:
         if tracers.current_trace() != self._trace:
             return False  # within a loop, say, a call is many calls
         given = [a for a in (raw, bias, x) if a is not None]
-        dtype = module.dtype or jnp.result_type(*given)
+        dtype = jnp.result_type(*given) if module.dtype is None else module.dtype
         # Narrower numbers would be rounded once more, after the product.
         wide = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 4
         return wide and x.size + n_outputs(module, raw.shape, x.shape) < raw.size

@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs with the file that needed them.
+
+    Each of them holds memory maps, of which Linux grants a process 65530: XLA aborts beyond.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def load(monkeypatch):
     """Imports modules of the examples, which see each other as scripts do."""

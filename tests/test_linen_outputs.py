@@ -101,6 +101,28 @@ def test_a_layer_gives_what_it_gives_on_its_normalized_weight(name, scaled):
     assert len(scaled) == 1
 
 
+def test_a_gradient_penalty_is_that_of_the_normalized_weight(scaled):
+    """The gradient of the gradient: nothing of the factor may be a constant."""
+    x = jax.random.normal(KEY, (2, 48))
+    layer = nn.Dense(32)
+    model, variables = made(layer, x)
+
+    def ours(params, x):
+        return model.apply({**variables, "params": params}, x)
+
+    def theirs(params, x):
+        normalized, _ = jsn.normalize(params, variables["sn_state"], n_steps=0)
+        return layer.apply({"params": normalized}, x)
+
+    def penalty(function, params):
+        return (jax.grad(lambda x: jnp.cos(function(params, x)).sum())(x) ** 2).sum()
+
+    found = [jax.grad(functools.partial(penalty, f))(variables["params"]) for f in (ours, theirs)]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert scaled
+
+
 @pytest.mark.parametrize("exponent", [-100, -30, 30, 118])
 def test_no_scale_of_a_weight_changes_what_comes_out(exponent, scaled):
     x = jax.random.normal(KEY, (2, 48))
@@ -179,7 +201,7 @@ def test_who_looks_at_a_weight_sees_it_normalized(scaled):
     [
         (nn.Dense(32), (64, 48), np.float32),
         (nn.Conv(32, (3, 3)), (4, 8, 8, 16), np.float32),
-        (nn.Dense(32, dtype=jnp.bfloat16), (2, 48), np.float32),
+        (nn.Dense(32, dtype=np.dtype(jnp.bfloat16)), (2, 48), np.float32),
         (nn.Dense(32, param_dtype=jnp.bfloat16), (2, 48), jnp.bfloat16),
         (nn.Dense(32, dot_general=jax.lax.dot_general), (2, 48), np.float32),
         (nn.DenseGeneral(32, batch_dims=(0,)), (2, 1, 48), np.float32),
