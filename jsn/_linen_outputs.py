@@ -25,6 +25,9 @@ from jsn._linen_layers import is_linear, n_outputs
 from jsn._normalize import Factored
 from jsn._rules import flatten
 
+_LARGE = 1 << 16
+"""Smaller weights are scaled: that takes next to nothing, and is less to compile."""
+
 
 class Outputs:
     """A method interceptor for a model that runs on normalized weights."""
@@ -56,7 +59,7 @@ class Outputs:
 
     def _pays(self, module: Any, raw: Array, bias: Array | None, x: Array) -> bool:
         """Whether there is less to scale than a weight, and in numbers that are wide enough."""
-        if tracers.current_trace() != self._trace:
+        if raw.size < _LARGE or tracers.current_trace() != self._trace:
             return False  # within a loop, say, a call is many calls
         given = [a for a in (raw, bias, x) if a is not None]
         dtype = jnp.result_type(*given) if module.dtype is None else module.dtype

@@ -76,8 +76,8 @@ def spectral_norm(
 
     Whoever looks at a weight sees it normalized. Where a layer takes and gives less than its weight
     has entries, as on small batches, jsn scales its input and output instead: the same up to
-    rounding, without a scaled copy of the weight. It does so for `nn.Dense`, `DenseGeneral`, `Conv`
-    and `ConvTranspose` in at least float32, outside of loops and of `nn.remat`.
+    rounding, without a scaled copy of the weight. It does so for large weights of `nn.Dense`,
+    `DenseGeneral`, `Conv` and `ConvTranspose` in at least float32, outside of loops and `nn.remat`.
 
     Args:
         target: A module class such as `nn.Dense` or your own; without it, a decorator.

@@ -57,7 +57,8 @@ def made(layer, x, **options):
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """Notes of how many layers the input and output were scaled."""
+    """Notes of how many layers the input and output were scaled; here of small ones too."""
+    monkeypatch.setattr(_linen_outputs, "_LARGE", 1)
     seen = []
 
     def around(factor):
@@ -219,6 +220,14 @@ def test_else_a_layer_runs_on_its_normalized_weight(layer, shape, dtype, scaled)
         rtol=1e-6,
         atol=1e-6,
     )
+    assert not scaled
+
+
+def test_small_weights_are_scaled(scaled, monkeypatch):
+    monkeypatch.setattr(_linen_outputs, "_LARGE", 48 * 32 + 1)
+    x = jax.random.normal(KEY, (2, 48))
+    model, variables = made(nn.Dense(32), x)
+    check(model, nn.Dense(32), variables, x)
     assert not scaled
 
 
