@@ -3,7 +3,7 @@
 In: the calls of a model that runs on normalized weights, seen by a method interceptor. Out: what
 these calls give, from the raw weight and its factor. Must not know state, nor any particular layer.
 
-A factor can stand anywhere in a linear map: `x (W c) = (x W) c`. A step on a small batch has layers
+A factor can stand anywhere in a linear map: `x (W c) = (x c) W`. A step on a small batch has layers
 with far more weights than activations; there nothing of the size of a weight has to be written
 on the way, nor read on the way back, and what XLA makes of a raw weight serves all passes of
 a step. The normalized weight is still what everyone else sees; where no one looks, it is not made.
