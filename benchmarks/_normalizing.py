@@ -14,15 +14,7 @@ import jax
 from benchmarks import _clock
 from benchmarks._cases import CASES, SMOKE_CASES, Case, trajectory, true_norms, worst_norm
 from benchmarks._clock import Row
-from benchmarks._contenders import (
-    Contender,
-    copy,
-    flax_linen,
-    nothing,
-    ours,
-    products,
-    tracking,
-)
+from benchmarks._contenders import Contender, copy, flax_linen, nothing, ours, products, tracking
 from benchmarks._peers import PEERS
 
 MOMENTS = 4

@@ -43,11 +43,10 @@ def constrain(
         The scaled weights, and their factors.
     """
     one = jnp.ndim(bounds[0]) == 0 and all(bound is bounds[0] for bound in bounds)
-    factors = _factors(soft, list(sigmas), list(bounds[:1] if one else bounds))
-    factors = [_with_scale(*each) for each in zip(weights, factors, scales, strict=True)]
-    return [
-        _scaled(*each) for each in zip(operators, weights, factors, scales, strict=True)
-    ], factors
+    bare = _factors(soft, list(sigmas), list(bounds[:1] if one else bounds))
+    factors = [_with_scale(*each) for each in zip(weights, bare, scales, strict=True)]
+    every = zip(operators, weights, factors, scales, strict=True)
+    return [_scaled(*each) for each in every], factors
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

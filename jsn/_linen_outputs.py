@@ -43,8 +43,8 @@ class Outputs:
         """Calls a method; of a layer with more weights than activations, on its raw weight."""
         module = context.module
         weight = self._found.get(id(_parameter(module, "kernel")))
-        known = weight is not None and context.method_name == "__call__" and is_linear(module)
-        if weight is None or not known or len(args) != 1 or kwargs:
+        plain = context.method_name == "__call__" and len(args) == 1 and not kwargs
+        if weight is None or not plain or not is_linear(module):
             return call_next(*args, **kwargs)
         x, bias = jnp.asarray(args[0]), _parameter(module, "bias")
         if not self._pays(module, weight.raw, bias, x):

@@ -69,8 +69,8 @@ def scaled(monkeypatch):
     return seen
 
 
-def steps(model, plain, variables, x):
-    """Outputs and gradients, of the decorated layer and of the plain one on normalized weights."""
+def both(model, plain, variables):
+    """The decorated layer, and the plain one on normalized weights: functions of params and x."""
 
     def ours(params, x):
         return model.apply({**variables, "params": params}, x, mutable=["sn_state"])[0]
@@ -79,15 +79,16 @@ def steps(model, plain, variables, x):
         normalized, _ = jsn.normalize(params, variables["sn_state"])
         return plain.apply({"params": normalized}, x)
 
-    both = []
-    for function in (ours, theirs):
-        y, back = jax.vjp(function, variables["params"], x)
-        both.append((y, *back(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
-    return both
+    return ours, theirs
 
 
 def check(model, plain, variables, x):
-    ours, theirs = steps(model, plain, variables, x)
+    """Outputs and gradients are the same."""
+    found = []
+    for function in both(model, plain, variables):
+        y, back = jax.vjp(function, variables["params"], x)
+        found.append((y, *back(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
+    ours, theirs = found
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * float(jnp.abs(b).max()))
@@ -108,17 +109,11 @@ def test_a_gradient_penalty_is_that_of_the_normalized_weight(scaled):
     layer = nn.Dense(32)
     model, variables = made(layer, x)
 
-    def ours(params, x):
-        return model.apply({**variables, "params": params}, x)
-
-    def theirs(params, x):
-        normalized, _ = jsn.normalize(params, variables["sn_state"], n_steps=0)
-        return layer.apply({"params": normalized}, x)
-
     def penalty(function, params):
         return (jax.grad(lambda x: jnp.cos(function(params, x)).sum())(x) ** 2).sum()
 
-    found = [jax.grad(functools.partial(penalty, f))(variables["params"]) for f in (ours, theirs)]
+    functions = both(model, layer, variables)
+    found = [jax.grad(functools.partial(penalty, f))(variables["params"]) for f in functions]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert scaled
