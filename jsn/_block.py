@@ -147,8 +147,8 @@ def _to_one(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
 def lobpcg(basis: Basis) -> Float[Array, "n b b"]:
     """What is kept of blocks, as rows of coefficients.
 
-    Ritz vectors q; then -w q, which with M q makes their residuals; then where they came from:
-    their part outside the last Ritz vectors.
+    Ritz vectors q; then where they came from: their part outside the last Ritz vectors; then -w q,
+    which with M q makes their residuals.
     """
     (n_ritz, block), n_residual = basis.vectors.shape[-2:], basis.values.shape[-1]
     # As many previous directions as residuals: what follows is compiled once for both.
@@ -157,7 +157,13 @@ def lobpcg(basis: Basis) -> Float[Array, "n b b"]:
     previous = _orthonormal_after(basis.vectors, first * jnp.broadcast_to(outside, first.shape))
     n_previous = block - n_ritz - n_residual
     residual = -basis.values[..., None] * first
-    return jnp.concatenate([basis.vectors, residual, previous[..., :n_previous, :]], axis=-2)
+    return jnp.concatenate([basis.vectors, previous[..., :n_previous, :], residual], axis=-2)
+
+
+def or_identity(rows: Float[Array, "n b b"]) -> tuple[Float[Array, "n b b"], Bool[Array, " n"]]:
+    """Rows of coefficients, or those of the identity where one is not finite; and where none is."""
+    good = jnp.isfinite(rows.sum((-2, -1)))
+    return _where(good, rows, identity(rows)), good
 
 
 def _orthonormal_after(q: Array, p: Array) -> Array:

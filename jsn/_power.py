@@ -10,7 +10,7 @@ One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
     v = (leading columns of Q)^T v,  y = A v the second read, with a few vectors
     r = y - w q                              residuals of the leading Ritz vectors q = Q^T u
     sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
-    u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
+    u <- orthonormal rows of [ Ritz vectors | previous directions | residuals ]
 
 The next block is that of LOBPCG without a preconditioner; of a large block only the leading columns
 of Q are looked for (`_block.leading`). Where the block spans a whole side of the matrix, and for
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jsn import _errors
 from jsn._block import (
@@ -42,6 +42,7 @@ from jsn._block import (
     identity,
     leading,
     lobpcg,
+    or_identity,
     orthonormalizer,
     probe,
     ritz,
@@ -86,10 +87,16 @@ def _gram(x: Array, n_batch: int, last: bool = False) -> Float[Array, "*batch bl
 def _mix(coefficients: Float[Array, "*batch rows block"], x: Array, last: bool = False) -> Block:
     """Linear combinations of the vectors of a block, whose block axis may come last."""
     n_batch = coefficients.ndim - 2
+    y = _mix_in_place(coefficients, x, last)
+    return jnp.moveaxis(y, -1, n_batch) if last else y
+
+
+def _mix_in_place(coefficients: Float[Array, "*batch rows block"], x: Array, last: bool) -> Array:
+    """The same, with the block axis where it was."""
+    n_batch = coefficients.ndim - 2
     batch, coefficients = tuple(range(n_batch)), _beside(x, coefficients, n_batch)
     if last:
-        y = contract(x, coefficients, ((x.ndim - 1,), (n_batch + 1,)), (batch, batch))
-        return jnp.moveaxis(y, -1, n_batch)
+        return contract(x, coefficients, ((x.ndim - 1,), (n_batch + 1,)), (batch, batch))
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
@@ -98,8 +105,18 @@ def _mix_shrunk(
 ) -> Block:
     """Linear combinations of `shrink v`: in two steps, or small coefficients would be lost."""
     part = jnp.clip(shrink, 2.0**-60, 2.0**60)
-    x = _mix(coefficients * _over(part, coefficients), *v)
-    return x * _over(shrink / part, x)
+    return _rescaled(shrink / part, _mix(coefficients * _over(part, coefficients), *v))
+
+
+def _rescaled(factors: Sigma, x: Array, last: bool = False) -> Array:
+    """A block times a power of two for each batch entry, with the block axis where it was.
+
+    As a product with a diagonal matrix: XLA:CPU has products ready, and compiles the rest anew for
+    each shape. (What is not finite spreads to the whole block, as it does in any Gram matrix.)
+    """
+    block = x.shape[-1 if last else factors.ndim]
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=factors.dtype), (*factors.shape, block, block))
+    return _mix_in_place(factors[..., None, None] * eye, x, last)
 
 
 def _over(values: Array, x: Array) -> Array:
@@ -182,10 +199,15 @@ class Second(NamedTuple):
     """The leading Ritz vectors on the input side, times the roots of Ritz values."""
     y: Block
     """Their images `A v`, times `shrink`: of a size that has a square."""
-    kept: Block | None
-    """Ritz vectors, `-w q`, previous directions; None where y alone makes the next block."""
-    fresh: Block
-    """Residuals `y - w q`, or y where that makes the next block."""
+
+
+class Kept(NamedTuple):
+    """What becomes of a block before anything new is added to it."""
+
+    around: Block | None
+    """Ritz vectors and previous directions; None where y alone makes the next block."""
+    residual: Block | None
+    """The `-w q` in residuals `y - w q`."""
 
 
 def read(weights: Sequence[Tracked]) -> First:
@@ -193,25 +215,25 @@ def read(weights: Sequence[Tracked]) -> First:
     stack = stack_of(weights)
     v = [rmatvec(weight.operator, weight.W, weight.u) for weight in weights]
 
-    def measured(xs):
-        gram = lambda weight, x, made: _gram(x, len(weight.batch), made.last)
-        return stack.matrices(_each(gram, weights, xs, v), fill=-1)
+    lasts = [made.last for made in v]
 
-    def nearer(xs, factors):
-        return measured([x * _over(f, x) for x, f in _zip(xs, stack.split(factors))])
+    def measured(xs):
+        grams = [_gram(x, len(weight.batch), last) for weight, x, last in _zip(weights, xs, lasts)]
+        return stack.matrices(grams, fill=-1)
 
     def on_cpu(xs):  # one more pass over the blocks, but only if one of them asks for it
         grams = measured(xs)
         factors = _factors(diagonal(grams).max(-1))
-        return factors, lax.cond(jnp.all(factors == 1), lambda: grams, lambda: nearer(xs, factors))
+        nearer = lambda: measured(_each(_rescaled, stack.split(factors), xs, lasts))
+        return factors, lax.cond(jnp.all(factors == 1), lambda: grams, nearer)
 
     def elsewhere(xs):  # such a decision would wait for the device
         axes = [tuple(range(len(weight.batch), x.ndim)) for x, weight in _zip(xs, weights)]
         peaks = stack.flat([jnp.max(jnp.abs(x), axis) for x, axis in _zip(xs, axes)])
         factors = _factors(peaks**2)
-        return factors, nearer(xs, factors)
+        return factors, measured([x * _over(f, x) for x, f in _zip(xs, stack.split(factors))])
 
-    factors, grams = lax.platform_dependent([x for x, _ in v], cpu=on_cpu, default=elsewhere)
+    factors, grams = lax.platform_dependent([made.x for made in v], cpu=on_cpu, default=elsewhere)
     rest = to_length_one(diagonal(grams).max(-1))
     padding = (identity(grams) > 0) & (grams < 0)  # no square is
     grams = jnp.where(padding, grams, grams * _over(rest, grams) ** 2)
@@ -228,28 +250,37 @@ def second_read(
     weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch b b"]
 ) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
-    n_batch = len(weight.batch)
-    x = _mix_shrunk(lax.slice_in_dim(rows, 0, weight.n_leading, axis=n_batch), v, shrink)
+    first = lax.slice_in_dim(rows, 0, weight.n_leading, axis=len(weight.batch))
+    x = _mix_shrunk(first, v, shrink)
     y = weight.operator.matvec(weight.W, x)
-    y = fresh = y * _over(shrink, y)
-    kept = None
-    if not weight.is_subspace:
-        kept, (n_ritz, n_residual, _) = _mix(rows, weight.u), shares(weight.block)
-        fresh = fresh + lax.slice_in_dim(kept, n_ritz, n_ritz + n_residual, axis=n_batch)
+    return Second(x, _rescaled(shrink, y))
+
+
+def keep(weight: Tracked, rows: Float[Array, "*batch b b"]) -> Kept:
+    """What the step makes of the block itself."""
+    if weight.is_subspace:
+        return Kept(None, None)
+    n_batch, n_kept = len(weight.batch), weight.block - weight.n_leading
+    part = lambda start, stop: lax.slice_in_dim(rows, start, stop, axis=n_batch)
+    return Kept(_mix(part(0, n_kept), weight.u), _mix(part(n_kept, weight.block), weight.u))
+
+
+def fresh_of(weight: Tracked, y: Block, kept: Kept, good: Array) -> Block:
+    """The fresh vectors of the next block: residuals `y - w q`, or y where that makes the block.
+
+    Where something is not finite, the rows of the last block that stand in their place.
+    """
+    x, last = (y, weight.u) if kept.residual is None else (y + kept.residual, kept.residual)
     noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
-    return Second(x, y, kept, fresh + noise * probe(fresh.shape, n_batch))
+    x = x + noise * probe(x.shape, len(weight.batch))
+    return jnp.where(_over(good, x), x, last.astype(x.dtype))
 
 
-def span(weight: Tracked, second: Second, fresh: Block, good: Array) -> Block:
-    """The vectors that span the next block; the last block where something is not finite."""
-    x, n_batch = fresh, len(weight.batch)
-    if second.kept is not None:
-        n_ritz, n_residual, n_previous = shares(weight.block)
-        around = [(0, 0)] * n_batch + [(n_ritz, n_previous)] + [(0, 0)] * (x.ndim - n_batch - 1)
-        row = jnp.arange(weight.block).reshape(-1, *(1,) * (x.ndim - n_batch - 1))
-        is_fresh = (row >= n_ritz) & (row < n_ritz + n_residual)
-        x = jnp.where(is_fresh[(None,) * n_batch], jnp.pad(fresh, around), second.kept)
-    return jnp.where(_over(good, x), x, weight.u.astype(x.dtype))
+def span(weight: Tracked, kept: Kept, fresh: Block) -> Block:
+    """The vectors that span the next block."""
+    if kept.around is None:
+        return fresh
+    return lax.concatenate([kept.around, fresh], len(weight.batch))
 
 
 def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
@@ -265,24 +296,23 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     else:
         basis = leading(first.grams)
         rows = lobpcg(basis)
-    seconds = _each(second_read, weights, first.v, first.shrink, stack.split(rows, blocks, blocks))
+    rows, good = or_identity(rows)  # which keeps the block as it is
+    parts = stack.split(rows, blocks, blocks)
+    seconds = _each(second_read, weights, first.v, first.shrink, parts)
+    squares = stack.matrices(_each(_gram_of, weights, [second.y for second in seconds]), fill=0)
+    good &= jnp.isfinite(squares.sum((-2, -1)))
 
     # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
     # repairs the rounding of the first, which is large where residuals are all but zero.
-    grams = _each(_gram_of, weights, [second.fresh for second in seconds])
-    changes = orthonormalizer(stack.matrices(grams, fill=1))
-    good = jnp.isfinite(changes.sum((-2, -1)))  # as all that they were made of is
+    kept, goods = _each(keep, weights, parts), stack.split(good)
+    fresh = _each(fresh_of, weights, [second.y for second in seconds], kept, goods)
     sizes = [weight.n_leading for weight in weights]
-    changes = stack.split(changes, sizes, sizes)
-    fresh = [_mix(T, second.fresh) for T, second in _zip(changes, seconds)]
-    spans = _each(span, weights, seconds, fresh, stack.split(good))
-    grams = stack.matrices(_each(_gram_of, weights, spans), fill=1)
-    changes = stack.split(orthonormalizer(grams, good), blocks, blocks)
-    new = [_mix(T, x).astype(jnp.float32) for T, x in _zip(changes, spans)]
+    spans = _each(span, weights, kept, _orthonormal(weights, fresh, sizes, good))
+    new = [x.astype(jnp.float32) for x in _orthonormal(weights, spans, blocks, good)]
 
     ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
     vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
-    y_square = stack.flat(_each(_square, weights, ys))
+    y_square = squares[:, 0, 0]
     per_y, per_v = _inverse_length(y_square), _inverse_length(basis.values[:, 0])
     sigma = y_square * per_y * per_v / stack.flat(first.shrink)
     return _pairs(stack, sigma, (ys, per_y), (vs, per_v)), new
@@ -294,14 +324,14 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     first = read(weights)
     basis = ritz(first.grams)
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
-    us = _each(_best, weights, [_mix(Q, weight.u) for Q, weight in _zip(best, weights)])
+    us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
     vs = _each(_best, weights, _each(_mix_shrunk, best, first.v, first.shrink))
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
     per_v = _inverse_length(v_square)
     sigma = v_square * per_v * per_u / stack.flat(first.shrink)
-    return _pairs(stack, sigma, (us, per_u), (vs, per_v))
+    return _pairs(stack, sigma, (_each(_best, weights, us), per_u), (vs, per_v))
 
 
 Scaled = tuple[list[Array], Float[Array, " n"]]
@@ -343,15 +373,23 @@ def advance(weights: Sequence[Tracked], n_steps: int) -> tuple[Pairs, list[Block
 
 def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
     """The weights with blocks of orthonormal rows, whatever their lengths and angles before."""
-    stack, blocks = stack_of(weights), [weight.block for weight in weights]
+    us, blocks = [weight.u for weight in weights], [weight.block for weight in weights]
     for _ in range(2):  # the second pass repairs the rounding of the first
-        grams = _each(_gram_of, weights, [weight.u for weight in weights])
-        changes = orthonormalizer(stack.matrices(grams, fill=1))
-        weights = [
-            weight._replace(u=_mix(T, weight.u))
-            for T, weight in _zip(stack.split(changes, blocks, blocks), weights)
-        ]
-    return list(weights)
+        us = _orthonormal(weights, us, blocks)
+    return [weight._replace(u=u) for weight, u in _zip(weights, us)]
+
+
+def _orthonormal(
+    weights: Sequence[Tracked],
+    blocks: Sequence[Block],
+    sizes: Sequence[int],
+    good: Bool[Array, " n"] | None = None,
+) -> list[Block]:
+    """Blocks of so many vectors, made orthonormal; those that are not good as they are."""
+    stack = stack_of(weights)
+    grams = stack.matrices(_each(_gram_of, weights, blocks), fill=1)
+    changes = stack.split(orthonormalizer(grams, good), sizes, sizes)
+    return _each(_mix, changes, blocks)
 
 
 def stack_of(weights: Sequence[Tracked]) -> Stack:
@@ -365,9 +403,8 @@ def _best(weight: Tracked, x: Block) -> Array:
 
 
 def _square(weight: Tracked, x: Block) -> Sigma:
-    """The squared length of a vector."""
-    block = jnp.expand_dims(x, len(weight.batch))
-    return _gram_of(weight, block)[..., 0, 0]  # XLA:CPU has products ready, and compiles sums
+    """The squared length of the first vector of a block."""
+    return _gram_of(weight, x)[..., 0, 0]  # XLA:CPU has products ready, and compiles sums
 
 
 def _gram_of(weight: Tracked, x: Block) -> Float[Array, "*batch b b"]:
