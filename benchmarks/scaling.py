@@ -43,7 +43,7 @@ FLOAT = 4
 # --- formulas -------------------------------------------------------------------------------------
 
 
-def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
+def predicted(m: int, n: int, p: int, q: int, b: int) -> Row:
     """What one weight costs one device in one step.
 
     Returns:
@@ -59,15 +59,19 @@ def predicted(m: int, n: int, p: int, q: int, b: int, t: int) -> Row:
     What is proportional to `b` alone, and every number of `bytes_thin`, depends on how operations
     are fused, and is read off programs of XLA:CPU.
     """
-    ins, outs = m / p, n / q
+    from jsn._block import shares
+
+    ritz, t, _ = shares(b)
+    ins, outs, f = m / p, n / q, b - ritz  # t vectors are read with, f are added
     return {
         "flops_W": (2 * b + 2 * t + 1) * ins * outs,
-        "flops_thin": b * (4 * b + 2 * t + 5) * ins + (6 * b * b + 4 * t * t + 22 * b) * outs,
+        "flops_thin": (6 * b * b + 2 * b * t + 2 * t * t) * ins
+        + (6 * b * b + 4 * f * f + 4 * t * t + 20 * b) * outs,
         "flops_small": 27 * b**3,
         "bytes_W": 4 * FLOAT * ins * outs,
-        "bytes_thin": FLOAT * b * (10 * ins + 14 * outs + 114 * b),
+        "bytes_thin": FLOAT * b * (9 * ins + 17 * outs + 270 * b),
         "sent_in": FLOAT * (t * outs + 2 * b * b) * (p > 1),
-        "sent_out": FLOAT * (b * ins + b * b + t * t + 1) * (q > 1),
+        "sent_out": FLOAT * (b * ins + b * b + f * f + t * t) * (q > 1),
         "state": FLOAT * b * outs,
     }
 
@@ -82,14 +86,14 @@ def weights_of(model: str) -> list[tuple[int, int, bool]]:
     return [*((d, outs, True) for outs in (d, kv, kv, f, f)), (d, d, False), (f, d, False)]
 
 
-def planned(model: str, devices: int, b: int, t: int) -> Row:
+def planned(model: str, devices: int, b: int) -> Row:
     """A whole model on so many devices: tensor parallel over eight, FSDP over the rest."""
     fsdp, layers = devices // TENSOR, MODELS[model][-1]
     row: Row = dict.fromkeys(("flops", "small", "bytes", "model_axis", "data_axis", "state"), 0.0)
     parameters = 0
     for m, n, split_outputs in weights_of(model):
         p, q = (fsdp, TENSOR) if split_outputs else (TENSOR, fsdp)
-        cost = predicted(m, n, p, q, b, t)
+        cost = predicted(m, n, p, q, b)
         ins, outs = ("data_axis", "model_axis") if split_outputs else ("model_axis", "data_axis")
         row["flops"] += layers * (cost["flops_W"] + cost["flops_thin"])
         row["small"] += layers * cost["flops_small"]
@@ -134,7 +138,6 @@ def compiled(layout: str, devices: int, settings: Row) -> Row:
 
     import jsn
     from benchmarks import _hlo
-    from jsn._block import shares
 
     m, n = settings["shape"]
     b = settings["block"]
@@ -161,7 +164,7 @@ def compiled(layout: str, devices: int, settings: Row) -> Row:
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         **sent,
-        "formulas": predicted(m, n, p, q, b, shares(b)[1]),
+        "formulas": predicted(m, n, p, q, b),
     }
 
 
@@ -193,9 +196,7 @@ def _checked(result: Row) -> str:
 
 
 def _planned() -> str:
-    from jsn._block import shares
-
-    plans = [planned(model, devices, 32, shares(32)[1]) for model in MODELS for devices in FLEETS]
+    plans = [planned(model, devices, 32) for model in MODELS for devices in FLEETS]
     rows = [
         [
             f"{row['model']}, {row['devices']}",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jsn._operator import contract, explicit_spec, size
 from jsn._pieces import cut
@@ -106,9 +106,11 @@ def leading(grams: Float[Array, "n b b"]) -> Basis:
         return Basis(basis.values[:, :n_residual], basis.vectors[:, :n_ritz])
     rows = _product(_front(n_ritz, grams), _steep(grams))
     rows = _orthonormal(_orthonormal(rows))  # the second pass repairs the rounding of the first
-    first, rest = rows[:, :n_residual], rows[:, n_residual:]
-    values, vectors = ritz(_product(_product(first, grams), jnp.swapaxes(first, -1, -2)))
-    return Basis(values, jnp.concatenate([_product(vectors, first), rest], axis=-2))
+    seen = _product(_product(rows, grams), jnp.swapaxes(rows, -1, -2))
+    values, vectors = ritz(seen[:, :n_residual, :n_residual])
+    turn = jnp.pad(vectors, [(0, 0), *[(0, n_ritz - n_residual)] * 2])
+    turn += identity(turn) * (jnp.arange(n_ritz) >= n_residual)[None, None]  # what follows, stays
+    return Basis(values, _product(turn, rows))
 
 
 def _front(n_rows: int, grams: Float[Array, "n b b"]) -> Float[Array, "n rows b"]:
@@ -144,61 +146,47 @@ def _to_one(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     return grams / jnp.where(largest > 0, largest, 1)
 
 
-def lobpcg(basis: Basis) -> Float[Array, "n b b"]:
-    """What is kept of blocks, as rows of coefficients.
+def lobpcg(basis: Basis) -> Float[Array, "n others b"]:
+    """What the next blocks are made of beside Ritz vectors q, as rows of coefficients.
 
-    Ritz vectors q; then where they came from: their part outside the last Ritz vectors; then -w q,
-    which with M q makes their residuals.
+    Where q came from: its part outside the last Ritz vectors; and the `-w q` of residuals
+    `y - w q`.
     """
-    (n_ritz, block), n_residual = basis.vectors.shape[-2:], basis.values.shape[-1]
-    # As many previous directions as residuals: what follows is compiled once for both.
-    first = basis.vectors[..., :n_residual, :]
-    outside = (jnp.arange(block) >= n_ritz).astype(first.dtype)
-    previous = _orthonormal_after(basis.vectors, first * jnp.broadcast_to(outside, first.shape))
-    n_previous = block - n_ritz - n_residual
-    residual = -basis.values[..., None] * first
-    return jnp.concatenate([basis.vectors, previous[..., :n_previous, :], residual], axis=-2)
-
-
-def or_identity(rows: Float[Array, "n b b"]) -> tuple[Float[Array, "n b b"], Bool[Array, " n"]]:
-    """Rows of coefficients, or those of the identity where one is not finite; and where none is."""
-    good = jnp.isfinite(rows.sum((-2, -1)))
-    return _where(good, rows, identity(rows)), good
-
-
-def _orthonormal_after(q: Array, p: Array) -> Array:
-    """The rows of p, made orthonormal to those of q, which are so already, and among themselves.
-
-    Where nothing is left of a row (the Ritz vectors came from nowhere else), a probe fills in.
-    """
-    p = p + NOISE * probe(p.shape, p.ndim - 2)
-    return _orthonormal(p - _product(_product(p, jnp.swapaxes(q, -1, -2)), q))
+    q, (n_ritz, block) = basis.vectors, basis.vectors.shape[-2:]
+    n_residual = basis.values.shape[-1]
+    outside = (jnp.arange(block) >= n_ritz).astype(q.dtype)
+    previous = q[:, : block - n_ritz - n_residual] * outside[None, None]
+    previous = previous - _product(_product(previous, jnp.swapaxes(q, -1, -2)), q)
+    residual = -basis.values[..., None] * q[:, :n_residual]
+    return jnp.concatenate([previous, residual], axis=-2)
 
 
 def _orthonormal(x: Float[Array, "n a b"]) -> Float[Array, "n a b"]:
     return _product(orthonormalizer(_product(x, jnp.swapaxes(x, -1, -2))), x)
 
 
-def orthonormalizer(
-    grams: Float[Array, "n b b"], good: Bool[Array, " n"] | None = None
-) -> Float[Array, "n b b"]:
-    """The T for which T x has orthonormal rows, from the Gram matrix of x; else, if not good, 1.
+def orthonormalizer(grams: Float[Array, "n b b"], unit: bool = False) -> Float[Array, "n b b"]:
+    """The T for which T x has orthonormal rows, from the Gram matrix of x.
 
     Cholesky, shifted so that it succeeds on dependent rows too, and then one Newton-Schulz step
-    towards `T gram T^T = 1`, which takes the shift out again.
+    towards `T gram T^T = 1`, which takes the shift out again. Rows of `unit` length are not
+    brought to it first.
     """
     block, eye = grams.shape[-1], identity(grams)
     if block == 1:
-        change = jnp.where(jnp.isfinite(grams), lax.rsqrt(jnp.where(grams > 0, grams, 1)), jnp.nan)
-        return _where(good, change, eye)
-    squares = diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
-    scale = to_length_one(squares).reshape(-1, block)
+        change = lax.rsqrt(jnp.where(grams > 0, grams, 1))
+        return jnp.where(jnp.isfinite(grams), change, jnp.nan)
+    scale = jnp.ones_like(grams[..., 0])
+    if not unit:
+        squares = diagonal(grams).reshape(
+            -1
+        )  # one vector: XLA:CPU writes out a loop over short rows
+        scale = to_length_one(squares).reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
-    change = _where(good, change * scale[..., None, :], eye)
+    change = change * scale[..., None, :]
     reached = _product(_product(change, grams), jnp.swapaxes(change, -1, -2))
-    correction = _where(good, 1.5 * eye - 0.5 * reached, eye)  # the product of ones is 1, exactly
-    return _product(correction, change)
+    return _product(1.5 * eye - 0.5 * reached, change)
 
 
 def to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -208,13 +196,10 @@ def to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
     return 1 / lax.reduce_precision(length, jnp.finfo(length.dtype).nexp, mantissa_bits=0)
 
 
-def _where(good: Bool[Array, " n"] | None, x: Array, other: Array) -> Float[Array, "n b b"]:
-    return x if good is None else jnp.where(good[:, None, None], x, other)
-
-
 def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     """The inverses of the Cholesky factors."""
-    factor = lax.linalg.cholesky(grams, symmetrize_input=False)
+    # LAPACK's matrices lie column by column, and so does the other triangle: nothing is moved.
+    factor = lax.linalg.cholesky(jnp.swapaxes(grams, -1, -2), symmetrize_input=False)
     return lax.linalg.triangular_solve(factor, identity(grams), left_side=True, lower=True)
 
 

@@ -36,13 +36,13 @@ from jaxtyping import Array, Bool, Float
 from jsn import _errors
 from jsn._block import (
     NOISE,
+    Basis,
     Stack,
     diagonal,
     everywhere,
     identity,
     leading,
     lobpcg,
-    or_identity,
     orthonormalizer,
     probe,
     ritz,
@@ -56,7 +56,10 @@ from jsn._types import Block, Operator, Sigma, Weight
 
 
 class Pairs(NamedTuple):
-    """The tracked singular pairs of several weights: sigmas, and the vectors they were read off."""
+    """The tracked singular pairs of several weights: sigmas, and the vectors they were read off.
+
+    The lengths of u and v multiply to 1, or are what zero weights leave.
+    """
 
     sigma: list[Sigma]
     u: list[Float[Array, "*batch_codomain"]]
@@ -201,15 +204,6 @@ class Second(NamedTuple):
     """Their images `A v`, times `shrink`: of a size that has a square."""
 
 
-class Kept(NamedTuple):
-    """What becomes of a block before anything new is added to it."""
-
-    around: Block | None
-    """Ritz vectors and previous directions; None where y alone makes the next block."""
-    residual: Block | None
-    """The `-w q` in residuals `y - w q`."""
-
-
 def read(weights: Sequence[Tracked]) -> First:
     """The first read of each weight, and Gram matrices that no scale of W overflows."""
     stack = stack_of(weights)
@@ -256,31 +250,28 @@ def second_read(
     return Second(x, _rescaled(shrink, y))
 
 
-def keep(weight: Tracked, rows: Float[Array, "*batch b b"]) -> Kept:
-    """What the step makes of the block itself."""
-    if weight.is_subspace:
-        return Kept(None, None)
-    n_batch, n_kept = len(weight.batch), weight.block - weight.n_leading
-    part = lambda start, stop: lax.slice_in_dim(rows, start, stop, axis=n_batch)
-    return Kept(_mix(part(0, n_kept), weight.u), _mix(part(n_kept, weight.block), weight.u))
+def added(weight: Tracked, y: Block, others: Block | None) -> Block:
+    """What is added to the Ritz vectors: previous directions and residuals `y - w q`; or y alone.
 
-
-def fresh_of(weight: Tracked, y: Block, kept: Kept, good: Array) -> Block:
-    """The fresh vectors of the next block: residuals `y - w q`, or y where that makes the block.
-
-    Where something is not finite, the rows of the last block that stand in their place.
+    A probe at rounding level fills in where nothing is left of a row.
     """
-    x, last = (y, weight.u) if kept.residual is None else (y + kept.residual, kept.residual)
+    n_batch = len(weight.batch)
+    if others is not None:
+        n_before = others.shape[n_batch] - weight.n_leading
+        padding = [(0, 0)] * n_batch + [(n_before, 0)] + [(0, 0)] * (y.ndim - n_batch - 1)
+        y = jnp.pad(y, padding) + others
     noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
-    x = x + noise * probe(x.shape, len(weight.batch))
-    return jnp.where(_over(good, x), x, last.astype(x.dtype))
+    return y + noise * probe(y.shape, n_batch)
 
 
-def span(weight: Tracked, kept: Kept, fresh: Block) -> Block:
-    """The vectors that span the next block."""
-    if kept.around is None:
-        return fresh
-    return lax.concatenate([kept.around, fresh], len(weight.batch))
+def span(weight: Tracked, rows: Float[Array, "*batch ritz b"], fresh: Block) -> Block:
+    """The vectors that span the next block: Ritz vectors, and what is added to them."""
+    return lax.concatenate([_mix(rows, weight.u), fresh], len(weight.batch))
+
+
+def renewed(weight: Tracked, block: Block, good: Array) -> Block:
+    """The next block, or the last one where something is not finite."""
+    return jnp.where(_over(good, block), block, weight.u).astype(jnp.float32)
 
 
 def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
@@ -289,33 +280,32 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     Either all are on subspace iteration, or none is and their blocks are of one size.
     """
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
-    first = read(weights)
-    if weights[0].is_subspace:
-        basis = ritz(first.grams)
-        rows = basis.vectors
-    else:
-        basis = leading(first.grams)
-        rows = lobpcg(basis)
-    rows, good = or_identity(rows)  # which keeps the block as it is
-    parts = stack.split(rows, blocks, blocks)
-    seconds = _each(second_read, weights, first.v, first.shrink, parts)
-    squares = stack.matrices(_each(_gram_of, weights, [second.y for second in seconds]), fill=0)
-    good &= jnp.isfinite(squares.sum((-2, -1)))
+    first, subspace = read(weights), weights[0].is_subspace
+    basis = ritz(first.grams) if subspace else leading(first.grams)
+    n_ritz = blocks if subspace else [basis.vectors.shape[1]] * len(blocks)
+    rows = stack.split(basis.vectors, n_ritz, blocks)
+    seconds = _each(second_read, weights, first.v, first.shrink, rows)
+    ys, vs = [second.y for second in seconds], [second.v for second in seconds]
 
-    # Fresh vectors are made orthonormal among themselves first. The second pass, over all,
-    # repairs the rounding of the first, which is large where residuals are all but zero.
-    kept, goods = _each(keep, weights, parts), stack.split(good)
-    fresh = _each(fresh_of, weights, [second.y for second in seconds], kept, goods)
-    sizes = [weight.n_leading for weight in weights]
-    spans = _each(span, weights, kept, _orthonormal(weights, fresh, sizes, good))
-    new = [x.astype(jnp.float32) for x in _orthonormal(weights, spans, blocks, good)]
+    others = [None] * len(weights) if subspace else _others(weights, basis)
+    # What is added is made orthonormal by itself first. The second pass, over all, repairs the
+    # rounding of the first, which is large where residuals are all but zero.
+    fresh, _ = _orthonormal(weights, _each(added, weights, ys, others))
+    spans = fresh if subspace else _each(span, weights, rows, fresh)
+    new, good = _orthonormal(weights, spans, unit=True)
+    new = _each(renewed, weights, new, stack.split(good))
 
-    ys = [_best(weight, second.y) for weight, second in _zip(weights, seconds)]
-    vs = [_best(weight, second.v) for weight, second in _zip(weights, seconds)]
-    y_square = squares[:, 0, 0]
-    per_y, per_v = _inverse_length(y_square), _inverse_length(basis.values[:, 0])
-    sigma = y_square * per_y * per_v / stack.flat(first.shrink)
-    return _pairs(stack, sigma, (ys, per_y), (vs, per_v)), new
+    y_square = stack.flat(_each(_square, weights, ys))
+    per_length = _inverse_length(y_square) * _inverse_length(basis.values[:, 0])
+    sigma = y_square * per_length / stack.flat(first.shrink)
+    return _pairs(weights, sigma, ys, vs, per_length), new
+
+
+def _others(weights: Sequence[Tracked], basis: Basis) -> list[Block]:
+    """Previous directions, and the `-w q` of residuals."""
+    rows, sizes = lobpcg(basis), [weight.block for weight in weights]
+    parts = stack_of(weights).split(rows, [rows.shape[1]] * len(sizes), sizes)
+    return [_mix(part, weight.u) for part, weight in _zip(parts, weights)]
 
 
 def stored(weights: Sequence[Tracked]) -> Pairs:
@@ -325,31 +315,32 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     basis = ritz(first.grams)
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = _each(_best, weights, _each(_mix_shrunk, best, first.v, first.shrink))
-    # A block that is not orthonormal, as an average of states is, must not raise sigma.
-    per_u = _inverse_length(stack.flat(_each(_square, weights, us)))
+    vs = _each(_mix_shrunk, best, first.v, first.shrink)
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
-    per_v = _inverse_length(v_square)
-    sigma = v_square * per_v * per_u / stack.flat(first.shrink)
-    return _pairs(stack, sigma, (_each(_best, weights, us), per_u), (vs, per_v))
+    # A block that is not orthonormal, as an average of states is, must not raise sigma.
+    u_square = stack.flat(_each(_square, weights, us))
+    per_length = _inverse_length(v_square) * _inverse_length(u_square)
+    sigma = v_square * per_length / stack.flat(first.shrink)
+    return _pairs(weights, sigma, us, vs, per_length)
 
 
-Scaled = tuple[list[Array], Float[Array, " n"]]
-
-
-def _pairs(stack: Stack, sigma: Float[Array, " n"], left: Scaled, right: Scaled) -> Pairs:
-    """Pairs, from all sigmas and the singular vectors, which come with their inverse lengths."""
+def _pairs(
+    weights: Sequence[Tracked],
+    sigma: Float[Array, " n"],
+    us: Sequence[Block],
+    vs: Sequence[Block],
+    per_length: Float[Array, " n"],
+) -> Pairs:
+    """Pairs, from all sigmas, and the first vectors of blocks, with 1 over their lengths."""
+    stack = stack_of(weights)
     (sigmas,) = split([sigma], stack.batches)
-    return Pairs(sigmas, _times(stack, *left), _times(stack, *right))
+    us, vs = _each(_best, weights, us), _each(_best, weights, vs)
+    return Pairs(sigmas, [u * _over(per, u) for u, per in _zip(us, stack.split(per_length))], vs)
 
 
 def _inverse_length(square: Float[Array, " n"]) -> Float[Array, " n"]:
     """1 / |x| from |x|^2, and 1 for what has no length."""
     return jnp.sqrt(1 / _safe(square))
-
-
-def _times(stack: Stack, xs: Sequence[Array], factors: Float[Array, " n"]) -> list[Array]:
-    return [x * _over(factor, x) for x, factor in _zip(xs, stack.split(factors))]
 
 
 def settle(weights: Sequence[Tracked], n_steps: int) -> list[Tracked]:
@@ -373,23 +364,21 @@ def advance(weights: Sequence[Tracked], n_steps: int) -> tuple[Pairs, list[Block
 
 def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
     """The weights with blocks of orthonormal rows, whatever their lengths and angles before."""
-    us, blocks = [weight.u for weight in weights], [weight.block for weight in weights]
+    us = [weight.u for weight in weights]
     for _ in range(2):  # the second pass repairs the rounding of the first
-        us = _orthonormal(weights, us, blocks)
+        us, _ = _orthonormal(weights, us)
     return [weight._replace(u=u) for weight, u in _zip(weights, us)]
 
 
 def _orthonormal(
-    weights: Sequence[Tracked],
-    blocks: Sequence[Block],
-    sizes: Sequence[int],
-    good: Bool[Array, " n"] | None = None,
-) -> list[Block]:
-    """Blocks of so many vectors, made orthonormal; those that are not good as they are."""
-    stack = stack_of(weights)
+    weights: Sequence[Tracked], blocks: Sequence[Block], unit: bool = False
+) -> tuple[list[Block], Bool[Array, " n"]]:
+    """Blocks made orthonormal, and where all that they were made of is finite."""
+    stack, sizes = stack_of(weights), [x.shape[len(w.batch)] for w, x in _zip(weights, blocks)]
     grams = stack.matrices(_each(_gram_of, weights, blocks), fill=1)
-    changes = stack.split(orthonormalizer(grams, good), sizes, sizes)
-    return _each(_mix, changes, blocks)
+    changes = orthonormalizer(grams, unit)
+    good = jnp.isfinite(changes.sum((-2, -1)))
+    return _each(_mix, stack.split(changes, sizes, sizes), blocks), good
 
 
 def stack_of(weights: Sequence[Tracked]) -> Stack:

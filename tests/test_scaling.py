@@ -28,7 +28,7 @@ def test_formulas_agree_with_the_run_that_the_page_shows():
     assert {row["devices"] for row in result["rows"]} == set(scaling.FULL["devices"])
     for row in result["rows"]:
         p, q = scaling.LAYOUTS[row["layout"]](row["devices"])
-        assert row["formulas"] == scaling.predicted(m, n, p, q, block, 8)
+        assert row["formulas"] == scaling.predicted(m, n, p, q, block)
         assert_formulas_hold(row, 0.05)
     page = (_report.ROOT / "docs/scaling.md").read_text()
     for part in scaling.parts({"compiled": result}).values():
@@ -38,7 +38,7 @@ def test_formulas_agree_with_the_run_that_the_page_shows():
 @pytest.mark.parametrize(("model", "billions"), [("7B", 6.476), ("70B", 68.451)])
 def test_plans_are_of_whole_models(model, billions):
     """The parameters of Llama without its embeddings; what grows with W is shared by devices."""
-    few, many = (scaling.planned(model, devices, 32, 8) for devices in (8, 64))
+    few, many = (scaling.planned(model, devices, 32) for devices in (8, 64))
     assert few["parameters"] / 1e9 == pytest.approx(billions, rel=1e-3)
     assert few["flops"] > 2 * 40 * few["parameters"] / 8
     assert few["flops"] / 8 < many["flops"] < few["flops"] / 4
