@@ -66,7 +66,7 @@ def predicted(m: int, n: int, p: int, q: int, b: int) -> Row:
     return {
         "flops_W": (2 * b + 2 * t + 1) * ins * outs,
         "flops_thin": (6 * b * b + 2 * b * t + 2 * t * t) * ins
-        + (6 * b * b + 4 * f * f + 4 * t * t + 20 * b) * outs,
+        + (6 * b * b + 4 * f * f + 4 * t * t + 2 * f * t + 20 * b) * outs,
         "flops_small": 27 * b**3,
         "bytes_W": 4 * FLOAT * ins * outs,
         "bytes_thin": FLOAT * b * (9 * ins + 17 * outs + 270 * b),

@@ -149,8 +149,8 @@ def _to_one(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
 def lobpcg(basis: Basis) -> Float[Array, "n others b"]:
     """What the next blocks are made of beside Ritz vectors q, as rows of coefficients.
 
-    Where q came from: its part outside the last Ritz vectors; and the `-w q` of residuals
-    `y - w q`.
+    The `-w q` of residuals `y - w q`; and where q came from: its part outside the last Ritz
+    vectors.
     """
     q, (n_ritz, block) = basis.vectors, basis.vectors.shape[-2:]
     n_residual = basis.values.shape[-1]
@@ -158,30 +158,25 @@ def lobpcg(basis: Basis) -> Float[Array, "n others b"]:
     previous = q[:, : block - n_ritz - n_residual] * outside[None, None]
     previous = previous - _product(_product(previous, jnp.swapaxes(q, -1, -2)), q)
     residual = -basis.values[..., None] * q[:, :n_residual]
-    return jnp.concatenate([previous, residual], axis=-2)
+    return jnp.concatenate([residual, previous], axis=-2)
 
 
 def _orthonormal(x: Float[Array, "n a b"]) -> Float[Array, "n a b"]:
     return _product(orthonormalizer(_product(x, jnp.swapaxes(x, -1, -2))), x)
 
 
-def orthonormalizer(grams: Float[Array, "n b b"], unit: bool = False) -> Float[Array, "n b b"]:
+def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     """The T for which T x has orthonormal rows, from the Gram matrix of x.
 
     Cholesky, shifted so that it succeeds on dependent rows too, and then one Newton-Schulz step
-    towards `T gram T^T = 1`, which takes the shift out again. Rows of `unit` length are not
-    brought to it first.
+    towards `T gram T^T = 1`, which takes the shift out again.
     """
     block, eye = grams.shape[-1], identity(grams)
     if block == 1:
         change = lax.rsqrt(jnp.where(grams > 0, grams, 1))
         return jnp.where(jnp.isfinite(grams), change, jnp.nan)
-    scale = jnp.ones_like(grams[..., 0])
-    if not unit:
-        squares = diagonal(grams).reshape(
-            -1
-        )  # one vector: XLA:CPU writes out a loop over short rows
-        scale = to_length_one(squares).reshape(-1, block)
+    squares = diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
+    scale = to_length_one(squares).reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
     change = change * scale[..., None, :]
@@ -198,8 +193,7 @@ def to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def _factorized(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     """The inverses of the Cholesky factors."""
-    # LAPACK's matrices lie column by column, and so does the other triangle: nothing is moved.
-    factor = lax.linalg.cholesky(jnp.swapaxes(grams, -1, -2), symmetrize_input=False)
+    factor = lax.linalg.cholesky(grams, symmetrize_input=False)
     return lax.linalg.triangular_solve(factor, identity(grams), left_side=True, lower=True)
 
 

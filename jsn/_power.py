@@ -10,7 +10,7 @@ One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
     v = (leading columns of Q)^T v,  y = A v the second read, with a few vectors
     r = y - w q                              residuals of the leading Ritz vectors q = Q^T u
     sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
-    u <- orthonormal rows of [ Ritz vectors | previous directions | residuals ]
+    u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
 
 The next block is that of LOBPCG without a preconditioner; of a large block only the leading columns
 of Q are looked for (`_block.leading`). Where the block spans a whole side of the matrix, and for
@@ -111,15 +111,18 @@ def _mix_shrunk(
     return _rescaled(shrink / part, _mix(coefficients * _over(part, coefficients), *v))
 
 
-def _rescaled(factors: Sigma, x: Array, last: bool = False) -> Array:
+def _rescaled(factors: Sigma, x: Array, last: bool = False, n_rows: int = 0) -> Array:
     """A block times a power of two for each batch entry, with the block axis where it was.
 
     As a product with a diagonal matrix: XLA:CPU has products ready, and compiles the rest anew for
     each shape. (What is not finite spreads to the whole block, as it does in any Gram matrix.)
+    Zeros fill up to `n_rows` vectors.
     """
     block = x.shape[-1 if last else factors.ndim]
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=factors.dtype), (*factors.shape, block, block))
-    return _mix_in_place(factors[..., None, None] * eye, x, last)
+    eye = jnp.eye(max(n_rows, block), block, dtype=factors.dtype)
+    return _mix_in_place(
+        factors[..., None, None] * jnp.broadcast_to(eye, (*factors.shape, *eye.shape)), x, last
+    )
 
 
 def _over(values: Array, x: Array) -> Array:
@@ -190,6 +193,11 @@ class Tracked(NamedTuple):
         return is_subspace(self.operator, self.W.shape, self.block)
 
     @property
+    def n_added(self) -> int:
+        """How many vectors of the next block are not Ritz vectors of this one."""
+        return self.block if self.is_subspace else self.block - shares(self.block)[0]
+
+    @property
     def n_leading(self) -> int:
         """How many vectors the second read takes: those whose residuals are wanted."""
         return self.block if self.is_subspace else shares(self.block)[1]
@@ -237,7 +245,8 @@ def read(weights: Sequence[Tracked]) -> First:
 def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:
     """What brings blocks near to 1, by their largest squares: 1 where these are in no danger."""
     far = 2.0**80
-    return jnp.where(squares < 1 / far, far, jnp.where(squares <= far, 1, 1 / far))
+    factors = jnp.where(squares < 1 / far, far, jnp.where(squares <= far, 1, 1 / far))
+    return factors.astype(squares.dtype)
 
 
 def second_read(
@@ -251,17 +260,14 @@ def second_read(
 
 
 def added(weight: Tracked, y: Block, others: Block | None) -> Block:
-    """What is added to the Ritz vectors: previous directions and residuals `y - w q`; or y alone.
+    """What is added to the Ritz vectors: residuals `y - w q` and previous directions; or y alone.
 
     A probe at rounding level fills in where nothing is left of a row.
     """
-    n_batch = len(weight.batch)
-    if others is not None:
-        n_before = others.shape[n_batch] - weight.n_leading
-        padding = [(0, 0)] * n_batch + [(n_before, 0)] + [(0, 0)] * (y.ndim - n_batch - 1)
-        y = jnp.pad(y, padding) + others
     noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
-    return y + noise * probe(y.shape, n_batch)
+    if others is not None:
+        y = _rescaled(jnp.ones(weight.batch, y.dtype), y, n_rows=weight.n_added) + others
+    return y + noise * probe(y.shape, len(weight.batch))
 
 
 def span(weight: Tracked, rows: Float[Array, "*batch ritz b"], fresh: Block) -> Block:
@@ -287,12 +293,12 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     seconds = _each(second_read, weights, first.v, first.shrink, rows)
     ys, vs = [second.y for second in seconds], [second.v for second in seconds]
 
-    others = [None] * len(weights) if subspace else _others(weights, basis)
     # What is added is made orthonormal by itself first. The second pass, over all, repairs the
     # rounding of the first, which is large where residuals are all but zero.
+    others = [None] * len(weights) if subspace else _others(weights, basis)
     fresh, _ = _orthonormal(weights, _each(added, weights, ys, others))
     spans = fresh if subspace else _each(span, weights, rows, fresh)
-    new, good = _orthonormal(weights, spans, unit=True)
+    new, good = _orthonormal(weights, spans)
     new = _each(renewed, weights, new, stack.split(good))
 
     y_square = stack.flat(_each(_square, weights, ys))
@@ -302,7 +308,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
 
 
 def _others(weights: Sequence[Tracked], basis: Basis) -> list[Block]:
-    """Previous directions, and the `-w q` of residuals."""
+    """The `-w q` of residuals, and previous directions."""
     rows, sizes = lobpcg(basis), [weight.block for weight in weights]
     parts = stack_of(weights).split(rows, [rows.shape[1]] * len(sizes), sizes)
     return [_mix(part, weight.u) for part, weight in _zip(parts, weights)]
@@ -371,12 +377,11 @@ def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
 
 
 def _orthonormal(
-    weights: Sequence[Tracked], blocks: Sequence[Block], unit: bool = False
+    weights: Sequence[Tracked], blocks: Sequence[Block]
 ) -> tuple[list[Block], Bool[Array, " n"]]:
     """Blocks made orthonormal, and where all that they were made of is finite."""
     stack, sizes = stack_of(weights), [x.shape[len(w.batch)] for w, x in _zip(weights, blocks)]
-    grams = stack.matrices(_each(_gram_of, weights, blocks), fill=1)
-    changes = orthonormalizer(grams, unit)
+    changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, blocks), fill=1))
     good = jnp.isfinite(changes.sum((-2, -1)))
     return _each(_mix, stack.split(changes, sizes, sizes), blocks), good
 
