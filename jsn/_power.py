@@ -111,18 +111,15 @@ def _mix_shrunk(
     return _rescaled(shrink / part, _mix(coefficients * _over(part, coefficients), *v))
 
 
-def _rescaled(factors: Sigma, x: Array, last: bool = False, n_rows: int = 0) -> Array:
+def _rescaled(factors: Sigma, x: Array, last: bool = False) -> Array:
     """A block times a power of two for each batch entry, with the block axis where it was.
 
     As a product with a diagonal matrix: XLA:CPU has products ready, and compiles the rest anew for
     each shape. (What is not finite spreads to the whole block, as it does in any Gram matrix.)
-    Zeros fill up to `n_rows` vectors.
     """
     block = x.shape[-1 if last else factors.ndim]
-    eye = jnp.eye(max(n_rows, block), block, dtype=factors.dtype)
-    return _mix_in_place(
-        factors[..., None, None] * jnp.broadcast_to(eye, (*factors.shape, *eye.shape)), x, last
-    )
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=factors.dtype), (*factors.shape, block, block))
+    return _mix_in_place(factors[..., None, None] * eye, x, last)
 
 
 def _over(values: Array, x: Array) -> Array:
@@ -193,9 +190,9 @@ class Tracked(NamedTuple):
         return is_subspace(self.operator, self.W.shape, self.block)
 
     @property
-    def n_added(self) -> int:
-        """How many vectors of the next block are not Ritz vectors of this one."""
-        return self.block if self.is_subspace else self.block - shares(self.block)[0]
+    def n_ritz(self) -> int:
+        """How many Ritz vectors of this block the next one keeps; in subspace iteration, all."""
+        return self.block if self.is_subspace else shares(self.block)[0]
 
     @property
     def n_leading(self) -> int:
@@ -250,7 +247,7 @@ def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def second_read(
-    weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch b b"]
+    weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch ritz b"]
 ) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
     first = lax.slice_in_dim(rows, 0, weight.n_leading, axis=len(weight.batch))
@@ -265,8 +262,9 @@ def added(weight: Tracked, y: Block, others: Block | None) -> Block:
     A probe at rounding level fills in where nothing is left of a row.
     """
     noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
-    if others is not None:
-        y = _rescaled(jnp.ones(weight.batch, y.dtype), y, n_rows=weight.n_added) + others
+    if others is not None:  # they are more: a product adds zeros to y, as it scales in `_rescaled`
+        eye = jnp.eye(weight.block - weight.n_ritz, weight.n_leading, dtype=y.dtype)
+        y = _mix(jnp.broadcast_to(eye, (*weight.batch, *eye.shape)), y) + others
     return y + noise * probe(y.shape, len(weight.batch))
 
 
@@ -288,8 +286,7 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     stack, blocks = stack_of(weights), [weight.block for weight in weights]
     first, subspace = read(weights), weights[0].is_subspace
     basis = ritz(first.grams) if subspace else leading(first.grams)
-    n_ritz = blocks if subspace else [basis.vectors.shape[1]] * len(blocks)
-    rows = stack.split(basis.vectors, n_ritz, blocks)
+    rows = stack.split(basis.vectors, [weight.n_ritz for weight in weights], blocks)
     seconds = _each(second_read, weights, first.v, first.shrink, rows)
     ys, vs = [second.y for second in seconds], [second.v for second in seconds]
 
@@ -309,8 +306,9 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
 
 def _others(weights: Sequence[Tracked], basis: Basis) -> list[Block]:
     """The `-w q` of residuals, and previous directions."""
-    rows, sizes = lobpcg(basis), [weight.block for weight in weights]
-    parts = stack_of(weights).split(rows, [rows.shape[1]] * len(sizes), sizes)
+    blocks = [weight.block for weight in weights]
+    n_others = [weight.block - weight.n_ritz for weight in weights]
+    parts = stack_of(weights).split(lobpcg(basis), n_others, blocks)
     return [_mix(part, weight.u) for part, weight in _zip(parts, weights)]
 
 
