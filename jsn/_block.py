@@ -26,9 +26,11 @@ class Basis(NamedTuple):
     """Rayleigh-Ritz in the span of orthonormal blocks: M = A A^T seen from inside of each."""
 
     values: Float[Array, "n values"]
-    """Ritz values, the largest first: squares of singular values."""
+    """Ritz values, the largest first: squares of singular values, times those of `shrink`."""
     vectors: Float[Array, "n vectors b"]
     """Ritz vectors, as rows of coefficients; there may be more rows, of vectors that follow."""
+    shrink: Float[Array, " n"]
+    """Powers of two that bring the longest images to lengths between 1 and 2."""
 
 
 NOISE = 2.0**-23
@@ -63,11 +65,23 @@ def shares(block: int) -> tuple[int, int, int]:
 
 def ritz(grams: Float[Array, "n b b"]) -> Basis:
     """The Ritz basis of blocks, exact and whole, from the Gram matrices of their images."""
+    return _ritz(grams, _shrink(grams))
+
+
+def _ritz(grams: Float[Array, "n b b"], shrink: Float[Array, " n"]) -> Basis:
+    """The same with powers of two given, so that LAPACK sees matrices of one size at all scales."""
+    padding = (identity(grams) > 0) & (grams < 0)  # no square is
+    grams = jnp.where(padding, grams, grams * shrink[:, None, None] ** 2)
     if grams.shape[-1] == 1:
-        return Basis(grams[..., 0], jnp.ones_like(grams))  # of a single vector, itself
+        return Basis(grams[..., 0], jnp.ones_like(grams), shrink)  # of a single vector, itself
     # Of -gram, as they come in ascending order: the largest first.
     values, vectors = lax.platform_dependent(-grams, cpu=_eigh_on_cpu, default=_eigh)
-    return Basis(-values, jnp.swapaxes(vectors, -1, -2))
+    return Basis(-values, jnp.swapaxes(vectors, -1, -2), shrink)
+
+
+def _shrink(grams: Float[Array, "n b b"]) -> Float[Array, " n"]:
+    """By the longest image, which is on the diagonal."""
+    return to_length_one(diagonal(grams).max(-1))
 
 
 def _eigh(grams: Float[Array, "*n b b"]) -> tuple[Array, Array]:
@@ -103,14 +117,16 @@ def leading(grams: Float[Array, "n b b"]) -> Basis:
     n_ritz, n_residual, _ = shares(grams.shape[-1])
     if grams.shape[-1] <= _EXACT:
         basis = ritz(grams)
-        return Basis(basis.values[:, :n_residual], basis.vectors[:, :n_ritz])
+        return basis._replace(
+            values=basis.values[:, :n_residual], vectors=basis.vectors[:, :n_ritz]
+        )
     rows = _product(_front(n_ritz, grams), _steep(grams))
     rows = _orthonormal(_orthonormal(rows))  # the second pass repairs the rounding of the first
     seen = _product(_product(rows, grams), jnp.swapaxes(rows, -1, -2))
-    values, vectors = ritz(seen[:, :n_residual, :n_residual])
-    turn = jnp.pad(vectors, [(0, 0), *[(0, n_ritz - n_residual)] * 2])
+    basis = _ritz(seen[:, :n_residual, :n_residual], _shrink(grams))
+    turn = jnp.pad(basis.vectors, [(0, 0), *[(0, n_ritz - n_residual)] * 2])
     turn += identity(turn) * (jnp.arange(n_ritz) >= n_residual)[None, None]  # what follows, stays
-    return Basis(values, _product(turn, rows))
+    return basis._replace(vectors=_product(turn, rows))
 
 
 def _front(n_rows: int, grams: Float[Array, "n b b"]) -> Float[Array, "n rows b"]:
@@ -149,16 +165,26 @@ def _to_one(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
 def lobpcg(basis: Basis) -> Float[Array, "n others b"]:
     """What the next blocks are made of beside Ritz vectors q, as rows of coefficients.
 
-    The `-w q` of residuals `y - w q`; and where q came from: its part outside the last Ritz
-    vectors.
+    In turns the `-w q` of a residual `y - w q`, and where that q came from: its part outside the
+    last Ritz vectors, orthogonal to all new ones (times w as well).
     """
-    q, (n_ritz, block) = basis.vectors, basis.vectors.shape[-2:]
-    n_residual = basis.values.shape[-1]
-    outside = (jnp.arange(block) >= n_ritz).astype(q.dtype)
-    previous = q[:, : block - n_ritz - n_residual] * outside[None, None]
-    previous = previous - _product(_product(previous, jnp.swapaxes(q, -1, -2)), q)
-    residual = -basis.values[..., None] * q[:, :n_residual]
-    return jnp.concatenate([residual, previous], axis=-2)
+    q, n_residual, (n_ritz, block) = basis.vectors, basis.values.shape[-1], basis.vectors.shape[-2:]
+    eye, outside = np.eye(block), np.diag(np.arange(block) >= n_ritz)
+    scaled = basis.values[..., None] * q[:, :n_residual]
+    seen = _product(_product(_by(scaled, outside), jnp.swapaxes(q, -1, -2)), q)
+    rows = _in_turns(scaled, -eye, outside) - _in_turns(seen, 0 * eye, eye)
+    return rows[:, : block - n_ritz]
+
+
+def _in_turns(x: Float[Array, "n a b"], first: np.ndarray, second: np.ndarray) -> Array:
+    """The rows of `x first` and of `x second`, in turns."""
+    n, n_rows, block = x.shape
+    return _by(x, np.concatenate([first, second], 1)).reshape(n, 2 * n_rows, block)
+
+
+def _by(x: Float[Array, "n a b"], constant: np.ndarray) -> Float[Array, "n a c"]:
+    """A product with a constant. XLA:CPU has products ready, and compiles all else anew."""
+    return contract(x, jnp.asarray(constant, x.dtype), ((2,), (0,)))
 
 
 def _orthonormal(x: Float[Array, "n a b"]) -> Float[Array, "n a b"]:
@@ -169,7 +195,8 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     """The T for which T x has orthonormal rows, from the Gram matrix of x.
 
     Cholesky, shifted so that it succeeds on dependent rows too, and then one Newton-Schulz step
-    towards `T gram T^T = 1`, which takes the shift out again.
+    towards `T gram T^T = 1`, which takes the shift out again. NaN throughout if anything is not
+    finite.
     """
     block, eye = grams.shape[-1], identity(grams)
     if block == 1:

@@ -10,7 +10,7 @@ One step (`W` as the map A, rows of `u` orthonormal, M = A A^T):
     v = (leading columns of Q)^T v,  y = A v the second read, with a few vectors
     r = y - w q                              residuals of the leading Ritz vectors q = Q^T u
     sigma = |y1| / |v1|                      one half step beyond the best Ritz vector
-    u <- orthonormal rows of [ Ritz vectors | residuals | previous directions ]
+    u <- orthonormal rows of [ Ritz vectors | residuals and previous directions, in turns ]
 
 The next block is that of LOBPCG without a preconditioner; of a large block only the leading columns
 of Q are looked for (`_block.leading`). Where the block spans a whole side of the matrix, and for
@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jsn import _errors
 from jsn._block import (
@@ -40,14 +41,12 @@ from jsn._block import (
     Stack,
     diagonal,
     everywhere,
-    identity,
     leading,
     lobpcg,
     orthonormalizer,
     probe,
     ritz,
     shares,
-    to_length_one,
 )
 from jsn._operator import Matrix, Product, contract, explicit_spec, rmatvec, size
 from jsn._pieces import split
@@ -71,10 +70,10 @@ class First(NamedTuple):
 
     v: list[Product]
     """The images `A^T u` of their blocks."""
-    shrink: list[Sigma]
-    """Powers of two that bring v to a size that has a square, whatever the scale of W."""
+    far: Float[Array, " n"]
+    """Powers of two that bring v to where its squares are in no danger: hardly ever not 1."""
     grams: Float[Array, "n b b"]
-    """The Gram matrices of `shrink v`: the largest entry is between 1 and 4."""
+    """The Gram matrices of `far v`."""
 
 
 # --- blocks of vectors ------------------------------------------------------------------------
@@ -104,11 +103,10 @@ def _mix_in_place(coefficients: Float[Array, "*batch rows block"], x: Array, las
 
 
 def _mix_shrunk(
-    coefficients: Float[Array, "*batch rows block"], v: Product, shrink: Sigma
+    coefficients: Float[Array, "*batch rows block"], v: Product, far: Sigma, near: Sigma
 ) -> Block:
-    """Linear combinations of `shrink v`: in two steps, or small coefficients would be lost."""
-    part = jnp.clip(shrink, 2.0**-60, 2.0**60)
-    return _rescaled(shrink / part, _mix(coefficients * _over(part, coefficients), *v))
+    """Linear combinations of `far near v`: in two steps, or small coefficients would be lost."""
+    return _rescaled(far, _mix(coefficients * _over(near, coefficients), *v))
 
 
 def _rescaled(factors: Sigma, x: Array, last: bool = False) -> Array:
@@ -206,7 +204,7 @@ class Second(NamedTuple):
     v: Block
     """The leading Ritz vectors on the input side, times the roots of Ritz values."""
     y: Block
-    """Their images `A v`, times `shrink`: of a size that has a square."""
+    """Their images `A v`, shrunk as v was: of a size that has a square."""
 
 
 def read(weights: Sequence[Tracked]) -> First:
@@ -222,38 +220,35 @@ def read(weights: Sequence[Tracked]) -> First:
 
     def on_cpu(xs):  # one more pass over the blocks, but only if one of them asks for it
         grams = measured(xs)
-        factors = _factors(diagonal(grams).max(-1))
-        nearer = lambda: measured(_each(_rescaled, stack.split(factors), xs, lasts))
-        return factors, lax.cond(jnp.all(factors == 1), lambda: grams, nearer)
+        far = _far(diagonal(grams).max(-1))
+        nearer = lambda: measured(_each(_rescaled, stack.split(far), xs, lasts))
+        return far, lax.cond(jnp.all(far == 1), lambda: grams, nearer)
 
     def elsewhere(xs):  # such a decision would wait for the device
         axes = [tuple(range(len(weight.batch), x.ndim)) for x, weight in _zip(xs, weights)]
         peaks = stack.flat([jnp.max(jnp.abs(x), axis) for x, axis in _zip(xs, axes)])
-        factors = _factors(peaks**2)
-        return factors, measured([x * _over(f, x) for x, f in _zip(xs, stack.split(factors))])
+        far = _far(peaks**2)
+        return far, measured([x * _over(f, x) for x, f in _zip(xs, stack.split(far))])
 
-    factors, grams = lax.platform_dependent([made.x for made in v], cpu=on_cpu, default=elsewhere)
-    rest = to_length_one(diagonal(grams).max(-1))
-    padding = (identity(grams) > 0) & (grams < 0)  # no square is
-    grams = jnp.where(padding, grams, grams * _over(rest, grams) ** 2)
-    return First(v, stack.split(factors * rest), grams)
+    far, grams = lax.platform_dependent([made.x for made in v], cpu=on_cpu, default=elsewhere)
+    return First(v, far, grams)
 
 
-def _factors(squares: Float[Array, " n"]) -> Float[Array, " n"]:
-    """What brings blocks near to 1, by their largest squares: 1 where these are in no danger."""
-    far = 2.0**80
-    factors = jnp.where(squares < 1 / far, far, jnp.where(squares <= far, 1, 1 / far))
-    return factors.astype(squares.dtype)
+def _far(squares: Float[Array, " n"]) -> Float[Array, " n"]:
+    """What brings blocks nearer to 1, by their largest squares: 1 where these are in no danger."""
+    limit = 2.0**80
+    far = jnp.where(squares < 1 / limit, limit, jnp.where(squares <= limit, 1, 1 / limit))
+    return far.astype(squares.dtype)
 
 
 def second_read(
-    weight: Tracked, v: Product, shrink: Sigma, rows: Float[Array, "*batch ritz b"]
+    weight: Tracked, v: Product, far: Sigma, near: Sigma, rows: Float[Array, "*batch ritz b"]
 ) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
     first = lax.slice_in_dim(rows, 0, weight.n_leading, axis=len(weight.batch))
-    x = _mix_shrunk(first, v, shrink)
+    x = _mix_shrunk(first, v, far, near)
     y = weight.operator.matvec(weight.W, x)
-    return Second(x, _rescaled(shrink, y))
+    return Second(x, _rescaled(far * near, y))
 
 
 def added(weight: Tracked, y: Block, others: Block | None) -> Block:
@@ -262,9 +257,9 @@ def added(weight: Tracked, y: Block, others: Block | None) -> Block:
     A probe at rounding level fills in where nothing is left of a row.
     """
     noise = NOISE / size(weight.operator.codomain(weight.W.shape)) ** 0.5
-    if others is not None:  # they are more: a product adds zeros to y, as it scales in `_rescaled`
-        eye = jnp.eye(weight.block - weight.n_ritz, weight.n_leading, dtype=y.dtype)
-        y = _mix(jnp.broadcast_to(eye, (*weight.batch, *eye.shape)), y) + others
+    if others is not None:  # every second row; by a product, as in `_rescaled`
+        places = np.eye(2 * weight.n_leading, dtype=y.dtype)[: weight.block - weight.n_ritz, ::2]
+        y = _mix(jnp.broadcast_to(places, (*weight.batch, *places.shape)), y) + others
     return y + noise * probe(y.shape, len(weight.batch))
 
 
@@ -273,9 +268,9 @@ def span(weight: Tracked, rows: Float[Array, "*batch ritz b"], fresh: Block) -> 
     return lax.concatenate([_mix(rows, weight.u), fresh], len(weight.batch))
 
 
-def renewed(weight: Tracked, block: Block, good: Array) -> Block:
-    """The next block, or the last one where something is not finite."""
-    return jnp.where(_over(good, block), block, weight.u).astype(jnp.float32)
+def renewed(weight: Tracked, block: Block) -> Block:
+    """The next block, or the last one where that is not finite: all of it is, or nothing."""
+    return jnp.where(jnp.isfinite(block), block, weight.u).astype(jnp.float32)
 
 
 def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
@@ -287,25 +282,25 @@ def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
     first, subspace = read(weights), weights[0].is_subspace
     basis = ritz(first.grams) if subspace else leading(first.grams)
     rows = stack.split(basis.vectors, [weight.n_ritz for weight in weights], blocks)
-    seconds = _each(second_read, weights, first.v, first.shrink, rows)
+    far, near = stack.split(first.far), stack.split(basis.shrink)
+    seconds = _each(second_read, weights, first.v, far, near, rows)
     ys, vs = [second.y for second in seconds], [second.v for second in seconds]
 
     # What is added is made orthonormal by itself first. The second pass, over all, repairs the
     # rounding of the first, which is large where residuals are all but zero.
     others = [None] * len(weights) if subspace else _others(weights, basis)
-    fresh, _ = _orthonormal(weights, _each(added, weights, ys, others))
+    fresh = _orthonormal(weights, _each(added, weights, ys, others))
     spans = fresh if subspace else _each(span, weights, rows, fresh)
-    new, good = _orthonormal(weights, spans)
-    new = _each(renewed, weights, new, stack.split(good))
+    new = _each(renewed, weights, _orthonormal(weights, spans))
 
     y_square = stack.flat(_each(_square, weights, ys))
-    per_length = _inverse_length(y_square) * _inverse_length(basis.values[:, 0])
-    sigma = y_square * per_length / stack.flat(first.shrink)
+    per_length = _inverse_length(y_square * basis.values[:, 0])
+    sigma = y_square * per_length / (first.far * basis.shrink)
     return _pairs(weights, sigma, ys, vs, per_length), new
 
 
 def _others(weights: Sequence[Tracked], basis: Basis) -> list[Block]:
-    """The `-w q` of residuals, and previous directions."""
+    """The `-w q` of residuals and previous directions, in turns."""
     blocks = [weight.block for weight in weights]
     n_others = [weight.block - weight.n_ritz for weight in weights]
     parts = stack_of(weights).split(lobpcg(basis), n_others, blocks)
@@ -319,12 +314,12 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     basis = ritz(first.grams)
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = _each(_mix_shrunk, best, first.v, first.shrink)
+    vs = _each(_mix_shrunk, best, first.v, stack.split(first.far), stack.split(basis.shrink))
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     u_square = stack.flat(_each(_square, weights, us))
     per_length = _inverse_length(v_square) * _inverse_length(u_square)
-    sigma = v_square * per_length / stack.flat(first.shrink)
+    sigma = v_square * per_length / (first.far * basis.shrink)
     return _pairs(weights, sigma, us, vs, per_length)
 
 
@@ -370,18 +365,15 @@ def orthonormal(weights: Sequence[Tracked]) -> list[Tracked]:
     """The weights with blocks of orthonormal rows, whatever their lengths and angles before."""
     us = [weight.u for weight in weights]
     for _ in range(2):  # the second pass repairs the rounding of the first
-        us, _ = _orthonormal(weights, us)
+        us = _orthonormal(weights, us)
     return [weight._replace(u=u) for weight, u in _zip(weights, us)]
 
 
-def _orthonormal(
-    weights: Sequence[Tracked], blocks: Sequence[Block]
-) -> tuple[list[Block], Bool[Array, " n"]]:
-    """Blocks made orthonormal, and where all that they were made of is finite."""
+def _orthonormal(weights: Sequence[Tracked], blocks: Sequence[Block]) -> list[Block]:
+    """Blocks made orthonormal, or NaN throughout."""
     stack, sizes = stack_of(weights), [x.shape[len(w.batch)] for w, x in _zip(weights, blocks)]
     changes = orthonormalizer(stack.matrices(_each(_gram_of, weights, blocks), fill=1))
-    good = jnp.isfinite(changes.sum((-2, -1)))
-    return _each(_mix, stack.split(changes, sizes, sizes), blocks), good
+    return _each(_mix, stack.split(changes, sizes, sizes), blocks)
 
 
 def stack_of(weights: Sequence[Tracked]) -> Stack:
