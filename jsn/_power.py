@@ -269,8 +269,8 @@ def span(weight: Tracked, rows: Float[Array, "*batch ritz b"], fresh: Block) -> 
 
 
 def renewed(weight: Tracked, block: Block) -> Block:
-    """The next block, or the last one where that is not finite: all of it is, or nothing."""
-    return jnp.where(jnp.isfinite(block), block, weight.u).astype(jnp.float32)
+    """The next block, or the last one where that is NaN: all of it is, or nothing."""
+    return jnp.where(jnp.isnan(block), weight.u, block).astype(jnp.float32)
 
 
 def step(weights: Sequence[Tracked]) -> tuple[Pairs, list[Block]]:
