@@ -102,7 +102,7 @@ def test_few_kernels_are_compiled_for_each_shape():
 def test_few_kernels_are_compiled_for_many_weights_of_one_shape():
     """Most are of the small algebra, which is the same for all of them."""
     few, many = (compiled_kernels(*[(64, 64)] * n) for n in (10, 40))
-    assert few <= 42  # one in reserve for other versions of XLA
+    assert few <= 43  # 41 with JAX 0.10.2, 43 with 0.12.0
     assert many <= few + 1  # XLA:CPU adds up long vectors in two steps
 
 
