@@ -80,8 +80,7 @@ def _ritz(grams: Float[Array, "n b b"], shrink: Float[Array, " n"]) -> Basis:
 
 
 def _shrink(grams: Float[Array, "n b b"]) -> Float[Array, " n"]:
-    """By the longest image, which is on the diagonal."""
-    return to_length_one(diagonal(grams).max(-1))
+    return _to_length_one(largest(grams))
 
 
 def _eigh(grams: Float[Array, "*n b b"]) -> tuple[Array, Array]:
@@ -157,9 +156,9 @@ def _steep(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
 
 
 def _to_one(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
-    """Gram matrices over their largest entries, which are on the diagonal."""
-    largest = diagonal(grams).max(-1)[:, None, None]
-    return grams / jnp.where(largest > 0, largest, 1)
+    """Gram matrices over their largest entries."""
+    most = largest(grams)[:, None, None]
+    return grams / jnp.where(most > 0, most, 1)
 
 
 def lobpcg(basis: Basis) -> Float[Array, "n others b"]:
@@ -202,8 +201,8 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     if block == 1:
         change = lax.rsqrt(jnp.where(grams > 0, grams, 1))
         return jnp.where(jnp.isfinite(grams), change, jnp.nan)
-    squares = diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
-    scale = to_length_one(squares).reshape(-1, block)
+    squares = _diagonal(grams).reshape(-1)  # one vector: XLA:CPU writes out a loop over short rows
+    scale = _to_length_one(squares).reshape(-1, block)
     change = grams * scale[..., :, None] * scale[..., None, :] + block * 2.0**-22 * eye
     change = lax.platform_dependent(change, cpu=_factorized_on_cpu, default=_factorized)
     change = change * scale[..., None, :]
@@ -211,7 +210,7 @@ def orthonormalizer(grams: Float[Array, "n b b"]) -> Float[Array, "n b b"]:
     return _product(1.5 * eye - 0.5 * reached, change)
 
 
-def to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
+def _to_length_one(squares: Float[Array, " n"]) -> Float[Array, " n"]:
     """What brings vectors of these squared lengths to lengths from 1 to 2; 1 if they have none."""
     length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     # To a power of two: nothing is rounded. (And not by `rsqrt`: XLA:CPU compiles it slowly.)
@@ -249,7 +248,12 @@ def identity(grams: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
     return jnp.broadcast_to(jnp.eye(grams.shape[-1], dtype=grams.dtype), grams.shape)
 
 
-def diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
+def largest(grams: Float[Array, "n b b"]) -> Float[Array, " n"]:
+    """The largest entries of Gram matrices: the square of a longest vector, on the diagonal."""
+    return _diagonal(grams).max(-1)
+
+
+def _diagonal(grams: Float[Array, "n b b"]) -> Float[Array, "n b"]:
     """The diagonals of a stack of matrices: every so many entries of its rows, end to end."""
     n, block, _ = grams.shape
     return lax.slice(grams.reshape(n, block**2), (0, 0), (n, block**2), (1, block + 1))

@@ -39,8 +39,8 @@ from jsn._block import (
     NOISE,
     Basis,
     Stack,
-    diagonal,
     everywhere,
+    largest,
     leading,
     lobpcg,
     orthonormalizer,
@@ -220,7 +220,7 @@ def read(weights: Sequence[Tracked]) -> First:
 
     def on_cpu(xs):  # one more pass over the blocks, but only if one of them asks for it
         grams = measured(xs)
-        far = _far(diagonal(grams).max(-1))
+        far = _far(largest(grams))
         nearer = lambda: measured(_each(_rescaled, stack.split(far), xs, lasts))
         return far, lax.cond(jnp.all(far == 1), lambda: grams, nearer)
 
