@@ -20,7 +20,7 @@ import jsn
 from benchmarks import _clock
 from benchmarks._cases import Weights
 from jsn._operator import rmatvec
-from jsn._power import Tracked, _gram, _mix
+from jsn._power import Tracked, _gram, _mix, _mix_images
 
 PyTree = Any
 
@@ -149,9 +149,9 @@ def tracking(**options: Any) -> Contender:
 
     def next_block(weight: Tracked) -> jax.Array:
         n_batch, new = len(weight.batch), weight.n_leading
-        v, last = rmatvec(weight.operator, weight.W, weight.u)
-        rows = lax.slice_in_dim(_gram(v, n_batch, last), 0, new, axis=n_batch)
-        y = weight.operator.matvec(weight.W, _mix(rows, v, last))
+        v = rmatvec(weight.operator, weight.W, weight.u)
+        rows = lax.slice_in_dim(_gram(v.x, n_batch, v.last), 0, new, axis=n_batch)
+        y = weight.operator.matvec(weight.W, _mix_images(weight, rows, v))
         kept = lax.slice_in_dim(weight.u, 0, weight.block - new, axis=n_batch)
         block = jnp.concatenate([kept, y], axis=n_batch)
         return _mix(_gram(block, n_batch), block)
@@ -181,6 +181,7 @@ def both_products(weight: Tracked) -> tuple[jax.Array, jax.Array]:
     n_batch = len(weight.batch)
     axis = v.ndim - 1 if last else n_batch
     v = jnp.moveaxis(lax.slice_in_dim(v, 0, weight.n_leading, axis=axis), axis, n_batch)
+    v = v.reshape(*v.shape[: n_batch + 1], *weight.operator.domain(weight.W.shape))
     return v, weight.operator.matvec(weight.W, v)
 
 

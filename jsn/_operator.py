@@ -284,7 +284,10 @@ class Product(NamedTuple):
 
     x: Array
     last: bool
-    """Whether its block axis is the last one, and not the one after the batch axes."""
+    """Whether its block axis is the last one, and not the one after the batch axes.
+
+    If so, all axes between those may have become one.
+    """
 
 
 def rmatvec(operator: Operator, W: Weight, u: Block) -> Product:
@@ -297,8 +300,24 @@ def rmatvec(operator: Operator, W: Weight, u: Block) -> Product:
         return own(W, u)
     v, n_batch = operator.rmatvec(W, u), len(operator.batch(W.shape))
     if isinstance(operator, Matrix) and operator._ends_with_outputs(W.ndim, u.shape[n_batch]):
-        return Product(jnp.moveaxis(v, n_batch, -1), last=True)
+        return Product(_merged(jnp.moveaxis(v, n_batch, -1), n_batch), last=True)
     return Product(v, last=False)
+
+
+_MERGED = 16
+"""Blocks of at most so many vectors get one axis for all of a side: the Gram matrix of 16 vectors
+of a 4 x 4 x 256 side then takes 0.8 of the time, of 32 it takes 1.4."""
+
+
+def _merged(x: Array, n_batch: int) -> Array:
+    """A block whose axis comes last, with one axis in place of those before it.
+
+    For a sum over several axes XLA:CPU copies the block transposed. On a mesh they stay as they
+    are: one of them may lie on several devices, and would have to be gathered.
+    """
+    if x.shape[-1] > _MERGED or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    return x.reshape(*x.shape[:n_batch], size(x.shape[n_batch:-1]), x.shape[-1])
 
 
 def size(shape: Sequence[int]) -> int:

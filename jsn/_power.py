@@ -102,13 +102,6 @@ def _mix_in_place(coefficients: Float[Array, "*batch rows block"], x: Array, las
     return contract(coefficients, x, ((n_batch + 1,), (n_batch,)), (batch, batch))
 
 
-def _mix_shrunk(
-    coefficients: Float[Array, "*batch rows block"], v: Product, far: Sigma, near: Sigma
-) -> Block:
-    """Linear combinations of `far near v`: in two steps, or small coefficients would be lost."""
-    return _rescaled(far, _mix(coefficients * _over(near, coefficients), *v))
-
-
 def _rescaled(factors: Sigma, x: Array, last: bool = False) -> Array:
     """A block times a power of two for each batch entry, with the block axis where it was.
 
@@ -241,12 +234,26 @@ def _far(squares: Float[Array, " n"]) -> Float[Array, " n"]:
     return far.astype(squares.dtype)
 
 
+def _mix_shrunk(
+    weight: Tracked, rows: Float[Array, "*batch rows b"], v: Product, far: Sigma, near: Sigma
+) -> Block:
+    """Linear combinations of `far near v`: in two steps, or small coefficients would be lost."""
+    return _rescaled(far, _mix_images(weight, rows * _over(near, rows), v))
+
+
+def _mix_images(weight: Tracked, rows: Float[Array, "*batch rows b"], v: Product) -> Block:
+    """Linear combinations of what the first read gave, as the second takes them."""
+    x = _mix(rows, *v)
+    n_batch = len(weight.batch)
+    return x.reshape(*x.shape[: n_batch + 1], *weight.operator.domain(weight.W.shape))
+
+
 def second_read(
     weight: Tracked, v: Product, far: Sigma, near: Sigma, rows: Float[Array, "*batch ritz b"]
 ) -> Second:
     """The second read of W, with the leading Ritz vectors: eight of 32."""
     first = lax.slice_in_dim(rows, 0, weight.n_leading, axis=len(weight.batch))
-    x = _mix_shrunk(first, v, far, near)
+    x = _mix_shrunk(weight, first, v, far, near)
     y = weight.operator.matvec(weight.W, x)
     return Second(x, _rescaled(far * near, y))
 
@@ -314,7 +321,8 @@ def stored(weights: Sequence[Tracked]) -> Pairs:
     basis = ritz(first.grams)
     best = stack.split(basis.vectors, [1] * len(blocks), blocks)
     us = [_mix(Q, weight.u) for Q, weight in _zip(best, weights)]
-    vs = _each(_mix_shrunk, best, first.v, stack.split(first.far), stack.split(basis.shrink))
+    far, near = stack.split(first.far), stack.split(basis.shrink)
+    vs = _each(_mix_shrunk, weights, best, first.v, far, near)
     v_square = jnp.maximum(basis.values[:, 0], 0)  # rounding can make a square negative
     # A block that is not orthonormal, as an average of states is, must not raise sigma.
     u_square = stack.flat(_each(_square, weights, us))

@@ -46,13 +46,20 @@ def test_the_small_algebra_of_all_weights_of_a_kind_is_one_batched_call(n_steps,
 @pytest.mark.parametrize(("shape", "products"), [((20, 12), 0), ((120, 80), 2)])
 def test_weights_of_one_shape_share_their_operations(shape, products):
     """More weights cost more slices; and two products each, where stacking would copy much."""
-    few, many = (cost(kernels(*[shape] * n), 1) for n in (2, 12))
+    few, many = (cost(kernels(*[shape] * n), 1) for n in (8, 12))
     per_weight = {name for name in many if many[name] != few[name]}
     for name in ("concatenate", "reduce_max", "reduce_precision", "sqrt"):
         assert name not in per_weight
         assert many[name] > 0
     assert "pad" not in per_weight
-    assert many["dot_general"] - few["dot_general"] == 10 * products
+    assert many["dot_general"] - few["dot_general"] == 4 * products
+
+
+def test_a_few_weights_of_each_shape_need_no_more_kernels_than_one():
+    """Side by side they would: for each shape and number of weights anew."""
+    shapes = [(120, 80), (80, 120), (120, 120), (160, 120)]
+    several = [shape for n, shape in enumerate(shapes, 2) for _ in range(n)]
+    assert compiled_kernels(*several) <= compiled_kernels(*shapes)
 
 
 def test_the_gradient_pads_nothing_for_each_weight():
@@ -113,6 +120,19 @@ def compiled_kernels(*shapes: tuple[int, int]) -> int:
     assert found
     bodies = {re.sub(r"%[\w.-]+|metadata=\{[^}]*\}", "", body) for body in found}
     return len([body for body in bodies if " dot(" not in body])
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_a_convolution_is_normalized_with_the_bytes_of_its_matrix(block_size):
+    """What it is multiplied with is nowhere copied to have several axes summed up."""
+
+    def touched(shape):
+        params = kernels(shape)
+        state = jax.eval_shape(lambda: jsn.init(params, block_size=block_size))
+        compiled = jax.jit(jsn.normalize).lower(params, state).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    assert touched((3, 3, 64, 128)) <= 1.002 * touched((576, 128))
 
 
 READS = []
