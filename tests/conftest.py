@@ -12,6 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
+from jsn import _plan
+
 # Broadcasting between ranks is how a missing batch axis goes unnoticed.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -31,6 +33,14 @@ def pytest_runtest_teardown(item, nextitem):
     """
     if nextitem is None or nextitem.path != item.path:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Weights of one shape share their thin operations, however few: as on an accelerator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plan, "_many", lambda: 2)
+        yield
 
 
 @pytest.fixture

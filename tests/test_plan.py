@@ -11,9 +11,18 @@ import pytest
 from matrices import gaussian, true_norm
 
 import jsn
-from jsn import Matrix, _power
+from jsn import Matrix, _plan, _power
 
 normalize = jax.jit(jsn.normalize, static_argnames=("n_steps", "soft"))
+
+
+@pytest.fixture(params=[2, 5], ids="shared from {} on".format)
+def many(request, monkeypatch):
+    """From how many weights of one shape on they share their thin operations: four do, or not."""
+    jax.clear_caches()
+    monkeypatch.setattr(_plan, "_many", lambda: request.param)
+    yield
+    jax.clear_caches()
 
 
 def kernels(*shapes, seed=0):
@@ -175,6 +184,7 @@ def test_a_tree_gives_what_each_weight_alone_gives(block_size):
 
 @pytest.mark.parametrize("shape", [(20, 12), (120, 80), (3, 20, 12), (3, 3, 4, 8)])
 @pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.usefixtures("many")
 def test_weights_of_one_shape_have_bounds_and_scales_of_their_own(shape, soft):
     """Numbers, arrays and none; values and every gradient are those of each weight alone."""
     rules = [("kernel", Matrix(batch_axis=0 if len(shape) == 3 else ()))]
@@ -244,6 +254,7 @@ def test_dtypes_views_and_batches_mix():
 
 @pytest.mark.parametrize("shape", [(20, 12), (120, 80)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+@pytest.mark.usefixtures("many")
 def test_weights_of_one_shape_do_not_spoil_each_other(bad, shape):
     params = kernels(*[shape] * 4)
     state = jsn.init(params, block_size=6)
@@ -257,7 +268,8 @@ def test_weights_of_one_shape_do_not_spoil_each_other(bad, shape):
         assert np.array_equal(*kept)
 
 
-@pytest.mark.parametrize("count", [1, 2], ids="{} weights".format)
+@pytest.mark.parametrize("count", [1, 4], ids="{} weights".format)
+@pytest.mark.usefixtures("many")
 def test_a_matrix_comes_first_in_its_first_read(count):
     """`W u^T`, and what it gives stays as it is: `u W^T` takes XLA:CPU longer."""
     params = kernels(*[(96, 200)] * count)

@@ -17,6 +17,8 @@ import jsn
 from benchmarks import _hlo as hlo
 from jsn import Matrix
 
+pytestmark = pytest.mark.usefixtures("together")
+
 BLOCK = 4
 MESHES = [AxisType.Auto, AxisType.Explicit]
 

@@ -15,6 +15,8 @@ from matrices import gaussian
 import jsn
 from benchmarks import _hlo as hlo
 
+pytestmark = pytest.mark.usefixtures("together")
+
 X = jnp.ones((4, 8))
 
 
