@@ -20,7 +20,7 @@ import jsn
 from benchmarks import _clock
 from benchmarks._cases import Weights
 from jsn._operator import rmatvec
-from jsn._power import Tracked, _gram, _mix, _mix_images
+from jsn._power import Tracked, _gram, _mix, _mix_images, _on_domain
 
 PyTree = Any
 
@@ -181,7 +181,7 @@ def both_products(weight: Tracked) -> tuple[jax.Array, jax.Array]:
     n_batch = len(weight.batch)
     axis = v.ndim - 1 if last else n_batch
     v = jnp.moveaxis(lax.slice_in_dim(v, 0, weight.n_leading, axis=axis), axis, n_batch)
-    v = v.reshape(*v.shape[: n_batch + 1], *weight.operator.domain(weight.W.shape))
+    v = _on_domain(weight, v)
     return v, weight.operator.matvec(weight.W, v)
 
 

@@ -243,7 +243,11 @@ def _mix_shrunk(
 
 def _mix_images(weight: Tracked, rows: Float[Array, "*batch rows b"], v: Product) -> Block:
     """Linear combinations of what the first read gave, as the second takes them."""
-    x = _mix(rows, *v)
+    return _on_domain(weight, _mix(rows, *v))
+
+
+def _on_domain(weight: Tracked, x: Array) -> Block:
+    """A block of the input side whose axes may have become one: with all of them again."""
     n_batch = len(weight.batch)
     return x.reshape(*x.shape[: n_batch + 1], *weight.operator.domain(weight.W.shape))
 

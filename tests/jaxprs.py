@@ -78,6 +78,12 @@ def fusions(function, *args):
     return re.findall(r"^%?fused_computation\S* [^\n]*\{\n(.*?)^\}", program, re.S | re.M)
 
 
+def bytes_per_byte(function, params, state) -> float:
+    """Bytes that the compiled function touches, for each byte of the parameters."""
+    touched = jax.jit(function).lower(params, state).compile().cost_analysis()["bytes accessed"]
+    return touched / sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+
+
 def reached(program: str, branches: bool) -> str:
     """The computations of a compiled program that run from its entry: all, or without branches."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", program, re.S | re.M))
